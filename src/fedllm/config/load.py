@@ -1,0 +1,156 @@
+"""From YAML and `a.b=value` words to a checked configuration, with every fault in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedllm.config.schema import Config
+from fedllm.errors import ConfigError, did_you_mean
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and lay the overrides over it, unchecked.
+
+    Args:
+        path: A YAML file whose top level is a mapping.
+        overrides: Words like `training.learning_rate=1e-3`; the value is read as YAML.
+
+    Raises:
+        ConfigError: If the file cannot be read, is not YAML, or a word is not `a.b=value`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(["there is no such file; check the path"], str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"cannot be read: {error}"], str(path)) from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        what = getattr(error, "problem", None) or str(error)
+        raise ConfigError([f"{where}not valid YAML: {what}"], str(path)) from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError([f"the top level must be a mapping, not a {_kind(tree)}"], str(path))
+    return apply_overrides(tree, overrides, str(path))
+
+
+def apply_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str], source: str | None = None
+) -> dict[str, Any]:
+    """Return a copy of the tree with `a.b=value` words laid over it (`tree` is not modified).
+
+    Raises:
+        ConfigError: If a word is not of that form, or goes through something not a mapping.
+    """
+    result = _copy(tree)
+    problems = []
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            problems.append(f"'{word}' is not an override; write section.key=value")
+            continue
+        try:
+            value = _scalar(text)
+        except yaml.YAMLError:
+            problems.append(f"{key}: '{text}' is not a YAML value")
+            continue
+        *parents, last = key.split(".")
+        node = result
+        for part in parents:
+            child = node.get(part)
+            node[part] = node = child if isinstance(child, dict) else {}
+        node[last] = value
+    if problems:
+        raise ConfigError(problems, source)
+    return result
+
+
+def validate(tree: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """Check a raw tree; return the configuration (None if it is wrong) and all its problems."""
+    shorthand = dict(tree)
+    if isinstance(shorthand.get("algorithm"), str):
+        shorthand["algorithm"] = {"name": shorthand["algorithm"]}
+    try:
+        return Config.model_validate(_numbers(shorthand)), []
+    except ValidationError as error:
+        return None, [_sentence(detail) for detail in error.errors()]
+
+
+def dump(config: Config) -> str:
+    """Return the resolved configuration as YAML that re-runs the run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    """Turn one pydantic error into a line that says where, what and how to mend it."""
+    where = ".".join(str(part) for part in detail["loc"] if not _is_branch(part))
+    if detail["type"] == "extra_forbidden":
+        *parents, name = [str(part) for part in detail["loc"]]
+        known = _fields(parents)
+        hint = did_you_mean(name, known) or f" Known here: {', '.join(known)}"
+        return f"{where}: unknown key.{hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    got = detail["input"]
+    if isinstance(got, (str, int, float, bool)) or got is None:
+        hint = ""
+        expected = detail.get("ctx", {}).get("expected")
+        if isinstance(got, str) and isinstance(expected, str):
+            hint = did_you_mean(got, expected.replace("'", "").replace(" or ", ", ").split(", "))
+        return f"{where}: {message[0].lower() + message[1:]} (got {got!r}).{hint}"
+    return f"{where}: {message}" if where else message
+
+
+def _fields(parents: Sequence[str]) -> list[str]:
+    """Return the keys known at this place of the tree."""
+    model: type[BaseModel] = Config
+    for part in parents:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _is_branch(part: str | int) -> bool:
+    """Tell pydantic's names for the members of a union from keys of ours."""
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "list[", "constrained-", "function-"))
+        or part in {"int", "float", "str", "bool"}
+    )
+
+
+def _scalar(text: str) -> Any:
+    return yaml.safe_load(text) if text else None
+
+
+def _numbers(value: Any) -> Any:
+    """Read `1e-3` as a number: YAML 1.1 wants `1.0e-3` and calls the rest a string."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _kind(value: object) -> str:
+    return {"list": "list", "str": "text"}.get(type(value).__name__, type(value).__name__)
+

@@ -1,0 +1,253 @@
+"""The configuration: one tree of frozen models, each default in its field and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which language model is fine-tuned, and how it is held in memory."""
+
+    path: str = "builtin:tiny"
+    """`builtin:tiny`, a local folder in Hugging Face layout, or a hub id."""
+    kind: Literal["auto", "causal-lm", "sequence-classification"] = "auto"
+    """`auto`: sequence classification for `data.task: classification`, else a causal LM."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 where the hardware multiplies it fast, else float32."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the frozen base in 8 or 4 bits (needs `fedllm[quant]`)."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Off unless you have read that code."""
+    chat_template: str = "auto"
+    """`auto` (the tokenizer's own, else `plain`), a fallback's name, or a `.jinja` file."""
+
+
+class AdapterConfig(Section):
+    """The LoRA adapter that the clients train."""
+
+    rank: PositiveInt | list[PositiveInt] = 8
+    """LoRA rank r; a list gives each client one of its ranks, drawn from (seed, client)."""
+    alpha: PositiveFloat | None = None
+    """LoRA alpha at the largest rank; scaling = alpha / r is the same for all. Default 2 r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the input of the low-rank path, while training."""
+    targets: Literal["auto", "all-linear"] | list[str] = "auto"
+    """Which linear layers get an adapter: `auto` (attention query and value), `all-linear`
+    (every linear layer but the head), or a list of module names."""
+    head: Literal["shared", "local", "frozen"] = "shared"
+    """What happens to a classification head: averaged, kept by each client, or not trained."""
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank any client has."""
+        return max(self.rank) if isinstance(self.rank, list) else self.rank
+
+    @model_validator(mode="after")
+    def _ranks_given(self) -> AdapterConfig:
+        if self.rank == []:
+            raise ValueError("rank is an empty list; give at least one rank")
+        return self
+
+
+class DataConfig(Section):
+    """What the clients learn from."""
+
+    path: str = "builtin:skills"
+    """`builtin:skills`, a file or folder (JSON, JSONL, CSV, TSV, Parquet), or a hub id."""
+    test_path: str | None = None
+    """A file with the official test split, when `path` is one file."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    train_split: str = "train"
+    """Split of a folder or hub data set that clients train on."""
+    test_split: str = "auto"
+    """Split to evaluate on; `auto` takes `test`, then `validation`, then holds out rows."""
+    holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training rows held out when there is no test split."""
+    task: Literal["auto", "classification", "qa", "math", "chat", "text"] = "auto"
+    """What the rows are; decides rendering and metrics. `auto` recognises it from the columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name to the file's column name, e.g. `{prompt: question, completion: answer}`."""
+    system_prompt: str | None = None
+    """Put before every conversation that has no system message of its own."""
+    max_length: PositiveInt = 512
+    """Longest sequence in tokens, prompt and answer together."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to longer rows; `truncate` keeps the end-of-turn token."""
+    max_train_rows: PositiveInt | None = None
+    """Use at most this many training rows (drawn from the seed)."""
+    max_test_rows: PositiveInt | None = None
+    """Use at most this many test rows (drawn from the seed)."""
+    cache: bool = True
+    """Keep tokenised rows in the user's cache folder, by content hash."""
+
+
+class PartitionConfig(Section):
+    """How rows are divided among clients."""
+
+    name: Literal["iid", "dirichlet", "shards", "column", "quantity", "length", "topic"] = "iid"
+    """See `fedllm list partitions`."""
+    alpha: PositiveFloat = 0.5
+    """Concentration of `dirichlet` and `quantity`: smaller is more uneven."""
+    by: str | None = None
+    """Column that `dirichlet`, `shards` (a label) or `column` (an id) go by; default: the label
+    or category that the rows have."""
+    shards_per_client: PositiveInt = 2
+    """For `shards`: how many single-label shards each client gets."""
+    topics: Annotated[int, Field(ge=2)] = 10
+    """For `topic`: number of k-means clusters over TF-IDF."""
+    min_rows: Annotated[int, Field(ge=0)] = 1
+    """Each client gets at least this many training rows."""
+
+
+class FederationConfig(Section):
+    """Who takes part, and for how long."""
+
+    num_clients: PositiveInt = 8
+    """Size of the population."""
+    cohort_size: PositiveInt | None = None
+    """Clients sampled each round; default all."""
+    rounds: PositiveInt = 10
+    """How many server updates the run makes."""
+    schedule: Literal["sync"] = "sync"
+    """When the server aggregates."""
+    partition: PartitionConfig = PartitionConfig()
+
+    @model_validator(mode="after")
+    def _cohort_within_population(self) -> FederationConfig:
+        if self.cohort_size is not None and self.cohort_size > self.num_clients:
+            raise ValueError(
+                f"cohort_size {self.cohort_size} is larger than num_clients {self.num_clients}"
+            )
+        return self
+
+    @property
+    def cohort(self) -> int:
+        """Clients sampled each round."""
+        return self.cohort_size or self.num_clients
+
+
+class TrainingConfig(Section):
+    """What a client does with its data in one round."""
+
+    batch_size: PositiveInt = 8
+    """Examples in a batch."""
+    gradient_accumulation: PositiveInt = 1
+    """Batches in one optimiser step; the loss is normalised over all of them."""
+    local_epochs: PositiveInt | None = None
+    """Passes over the client's data in a round. Give this or `local_steps`; default 1 epoch."""
+    local_steps: PositiveInt | None = None
+    """Optimiser steps in a round; the data repeats when it is short."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Rebuilt each round: no moments survive on a client."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled for AdamW, L2 for SGD."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """For SGD."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """For AdamW."""
+    epsilon: PositiveFloat = 1e-8
+    """For AdamW."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip each client's gradient to this norm; 0 turns it off."""
+    round_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    """How the learning rate falls over rounds."""
+    round_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
+    """Factor per round for `round_schedule: exponential`."""
+    step_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the local steps of one round."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Local steps over which the learning rate rises at the start of each round."""
+    tokens_per_pass: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens in one forward and backward pass; results do not depend on it."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("give either local_epochs or local_steps, not both")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured while the run goes on."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    """Evaluate after every so many rounds; 0 means only at the end."""
+    scope: Literal["global", "personal", "both"] = "global"
+    """The global view on all test rows, each client's own view on its own, or both."""
+    max_rows: PositiveInt | None = None
+    """Evaluate on at most this many test rows (drawn from the seed) until the last round."""
+    metrics: list[str] | Literal["auto"] = "auto"
+    """See `fedllm list metrics`; `auto` takes those that fit the task."""
+    max_new_tokens: PositiveInt = 64
+    """Longest generated answer."""
+    batch_size: PositiveInt = 64
+    """Prompts generated for at once."""
+
+
+class CheckpointConfig(Section):
+    """What is saved while the run goes on."""
+
+    every: PositiveInt = 1
+    """Save after every so many rounds; the last round is always saved."""
+    keep: PositiveInt = 2
+    """How many checkpoints are kept."""
+
+
+class AlgorithmConfig(BaseModel):
+    """Which algorithm, and its own settings beside the name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "fedit"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The algorithm's own settings, checked by `fedllm.algorithms.problems`."""
+        return dict(self.model_extra or {})
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run inside `output_dir`."""
+    output_dir: Path = Path("runs")
+    """Where run directories go."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Root of every random stream."""
+    mode: Literal["prototype"] = "prototype"
+    """`prototype`: infinitely fast devices and links, always available."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    federation: FederationConfig = FederationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder this run writes to."""
+        return self.output_dir / self.name
