@@ -1,0 +1,150 @@
+"""An adapter: named tensors with the scaling of each module, never changed once made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedllm.adapters.lazy import LazyModule
+from fedllm.adapters.names import is_a, is_b, is_head, module_of, name_a, name_b
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
+
+
+class Product(NamedTuple):
+    """A low-rank matrix `b @ a`, any scaling already inside: b (out, R), a (R, in)."""
+
+    b: Tensor
+    a: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the (out, in) matrix itself."""
+        return self.b @ self.a
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Named tensors, possibly only some of them, and alpha / r of every module.
+
+    The effective weight of a module is W + scaling * B @ A, with A (r, in) and B (out, r). The
+    tensors are shared, not copied, and never written to.
+    """
+
+    tensors: Mapping[str, Tensor]
+    """Name (see `fedllm.adapters.names`) to tensor."""
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    """Module to alpha / r (or alpha / sqrt(r))."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The adapted modules of which at least one factor is here, in order."""
+        return tuple(dict.fromkeys(module_of(n) for n in self.tensors if not is_head(n)))
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The names of the tensors that are trained in full."""
+        return tuple(name for name in self.tensors if is_head(name))
+
+    @property
+    def nbytes(self) -> int:
+        """What the tensors take on the wire."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module; 0 if no factor is here."""
+        return max((self.rank_of(m) for m in self.modules), default=0)
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank r of a module."""
+        if name_a(module) in self.tensors:
+            return self.tensors[name_a(module)].shape[0]
+        return self.tensors[name_b(module)].shape[1]
+
+    def product(self, module: str) -> Product:
+        """Return the update of a module, scaling * B @ A, as factors."""
+        return Product(
+            self.tensors[name_b(module)], self.tensors[name_a(module)] * self.scaling[module]
+        )
+
+    def select(self, keep: Callable[[str], bool]) -> Adapter:
+        """Return the part whose names satisfy `keep`."""
+        return replace(self, tensors={n: t for n, t in self.tensors.items() if keep(n)})
+
+    def overlaid(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """Return this adapter with some of its tensors replaced (or added)."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def digest(self) -> str:
+        """Return a SHA-256 over names, shapes, bytes and scalings: equal adapters, equal text."""
+        sha = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach().cpu().contiguous()
+            sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            sha.update(tensor.view(torch.uint8).numpy().tobytes())
+        for module in sorted(self.scaling):
+            sha.update(f"{module}{self.scaling[module]!r}".encode())
+        return sha.hexdigest()
+
+
+def initial(
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    scaling: float,
+    seed: int,
+    heads: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """Return the adapter every client starts from: A uniform, B zero, so the model is unchanged.
+
+    Args:
+        shapes: Module to (out, in) of its weight.
+        rank: LoRA rank r.
+        scaling: alpha / r of every module.
+        seed: The same seed gives the same A; a smaller rank has the leading rows of a larger one.
+        heads: Tensors trained in full, by name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, (rows, columns) in shapes.items():
+        tensors[name_a(module)] = _uniform(rank, columns, seed, module)
+        tensors[name_b(module)] = torch.zeros(rows, rank)
+    return Adapter({**tensors, **(heads or {})}, dict.fromkeys(shapes, scaling))
+
+
+def fresh(like: Adapter, seed: int) -> Adapter:
+    """Return an adapter of the same shapes with a newly drawn A and B = 0; heads stay."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in like.tensors.items():
+        if is_a(name):
+            rank, columns = tensor.shape
+            tensors[name] = _uniform(rank, columns, seed, module_of(name)).to(tensor)
+        elif is_b(name):
+            tensors[name] = torch.zeros_like(tensor)
+        else:
+            tensors[name] = tensor
+    return replace(like, tensors=tensors)
+
+
+def _uniform(rank: int, columns: int, seed: int, module: str) -> Tensor:
+    """Draw A as `kaiming_uniform(a=sqrt(5))` does: uniform within 1 / sqrt(in)."""
+    digest = hashlib.blake2b(f"{seed}:{module}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    bound = columns**-0.5
+    return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,31 @@
+"""The protocol between server, clients, engine and executors."""
+
+from fedllm.federation.base import BaseClient, BaseServer, HeadPolicy, MixedRank, weighted
+from fedllm.federation.messages import ClientId, FitResult, Job, Part, Payload, Update
+from fedllm.federation.plan import Plan
+from fedllm.federation.protocols import Engine, Executor, FitRequest, Progress, StateStore
+from fedllm.federation.state import Codec, MemoryStore, restore_server, server_state
+
+__all__ = [
+    "BaseClient",
+    "BaseServer",
+    "ClientId",
+    "Codec",
+    "Engine",
+    "Executor",
+    "FitRequest",
+    "FitResult",
+    "HeadPolicy",
+    "Job",
+    "MemoryStore",
+    "MixedRank",
+    "Part",
+    "Payload",
+    "Plan",
+    "Progress",
+    "StateStore",
+    "Update",
+    "restore_server",
+    "server_state",
+    "weighted",
+]

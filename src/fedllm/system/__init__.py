@@ -1,0 +1,6 @@
+"""Devices, links, availability and ranks. No torch here."""
+
+from fedllm.system.ranks import RankRule
+from fedllm.system.world import Ideal, World
+
+__all__ = ["Ideal", "RankRule", "World"]
