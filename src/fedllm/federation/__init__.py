@@ -4,6 +4,7 @@ from fedllm.federation.base import BaseClient, BaseServer, HeadPolicy, MixedRank
 from fedllm.federation.messages import ClientId, FitResult, Job, Part, Payload, Update
 from fedllm.federation.plan import Plan
 from fedllm.federation.protocols import Engine, Executor, FitRequest, Progress, StateStore
+from fedllm.federation.scoring import Scorer, Scores, View
 from fedllm.federation.state import Codec, MemoryStore, restore_server, server_state
 
 __all__ = [
@@ -23,8 +24,11 @@ __all__ = [
     "Payload",
     "Plan",
     "Progress",
+    "Scorer",
+    "Scores",
     "StateStore",
     "Update",
+    "View",
     "restore_server",
     "server_state",
     "weighted",

@@ -1,0 +1,175 @@
+"""Attention over sequences that lie end to end in one row, for any model transformers knows.
+
+transformers lets a model's attention be replaced through `AttentionInterface`; the bounds of the
+sequences travel to it as a keyword of the model's forward. Each run of equally long sequences is
+one batch of scaled dot-product attention, so nothing is padded. The backward pass recomputes the
+weights and saves only query, key and value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from fedllm.engine.packing import Run
+
+NAME = "fedllm_packed"
+_HONOURED = frozenset({"sliding_window", "softcap"})
+
+
+def register() -> None:
+    """Make the packed attention known to transformers under `NAME`."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    """Return no mask: sequences are kept apart by their bounds."""
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_runs: Sequence[Run],
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **rules: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each sequence.
+
+    Args:
+        module: The attention layer; `is_causal` is read from it unless given.
+        query: (1, heads, T, head_dim).
+        key: (1, key_value_heads, T, head_dim).
+        value: As `key`.
+        attention_mask: Not used.
+        packed_runs: Where the sequences are.
+        scaling: Factor on the scores; default 1 / sqrt(head_dim).
+        is_causal: Whether a token sees only itself and earlier ones.
+        **rules: `sliding_window` (tokens) and `softcap` are honoured; what changes attention in
+            another way is refused, and the model then falls back to padded batches.
+
+    Returns:
+        Output (1, T, heads, head_dim), and no weights.
+
+    Raises:
+        NotImplementedError: If the model needs a rule this function does not know.
+    """
+    for name in ("position_bias", "s_aux", "cache"):
+        if rules.get(name) is not None:
+            raise NotImplementedError(f"attention rule '{name}'")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out: Tensor = PackedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, packed_runs, scale, causal, *(rules.get(n) for n in sorted(_HONOURED))
+    )
+    return out, None
+
+
+class PackedAttention(torch.autograd.Function):
+    """softmax(scale q k^T + mask) v within each sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packed_runs: Sequence[Run],
+        scale: float,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Run scaled dot-product attention on each run of sequences."""
+        ctx.save_for_backward(query, key, value)
+        ctx.rules = packed_runs, scale, causal, window, softcap
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        groups = query.shape[1] // key.shape[1]
+        for run in packed_runs:
+            q, k, v = (_batch(t, run) for t in (query, key, value))
+            k, v = _repeat(k, groups), _repeat(v, groups)
+            if softcap is None and (window is None or window >= run.length):
+                o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+            else:
+                o = _weights(q, k, scale, causal, window, softcap)[0] @ v
+            _batch(out.transpose(1, 2), run).copy_(o)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Recompute the weights of each run, then differentiate by hand."""
+        query, key, value = ctx.saved_tensors
+        packed_runs, scale, causal, window, softcap = ctx.rules
+        d_out = grads[0].transpose(1, 2)
+        d_query, d_key, d_value = (
+            torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+                1, 2
+            )
+            for t in (query, key, value)
+        )
+        groups = query.shape[1] // key.shape[1]
+        for run in packed_runs:
+            q, k, v, d_o = (_batch(t, run) for t in (query, key, value, d_out))
+            k, v = _repeat(k, groups), _repeat(v, groups)
+            p, slope = _weights(q, k, scale, causal, window, softcap)
+            d_p = d_o @ v.transpose(-1, -2)
+            d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+            if slope is not None:
+                d_s = d_s * slope
+            _batch(d_query, run).copy_((d_s @ k).mul_(scale))
+            _batch(d_key, run).copy_(_fold(d_s.transpose(-1, -2) @ q, groups).mul_(scale))
+            _batch(d_value, run).copy_(_fold(p.transpose(-1, -2) @ d_o, groups))
+        return d_query, d_key, d_value, *(None,) * 5
+
+
+def _batch(tensor: Tensor, run: Run) -> Tensor:
+    """View the tokens of a run, (1, heads, T, d), as a batch (count, heads, length, d)."""
+    part = tensor[0, :, run.start : run.start + run.count * run.length]
+    return part.unflatten(1, (run.count, run.length)).transpose(0, 1)
+
+
+def _repeat(tensor: Tensor, groups: int) -> Tensor:
+    """Give each query head its key or value head."""
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def _fold(grad: Tensor, groups: int) -> Tensor:
+    """Sum a gradient over the query heads that share a key or value head."""
+    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(dim=2)
+
+
+def _weights(
+    q: Tensor, k: Tensor, scale: float, causal: bool, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return attention weights, and the slope of the soft cap if there is one."""
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    slope = None
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = bent * softcap, 1 - bent * bent
+    length = scores.shape[-1]
+    if causal or window is not None:
+        scores.masked_fill_(_hidden(length, causal, window, scores.device), float("-inf"))
+    return torch.softmax(scores, dim=-1), slope
+
+
+def _hidden(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Return True where query (row) must not see key (column), (length, length)."""
+    position = torch.arange(length, device=device)
+    ahead = position[None, :] - position[:, None]
+    hidden = ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | (ahead <= -window)
+        if not causal:
+            hidden = hidden | (ahead >= window)
+    return hidden

@@ -1,0 +1,228 @@
+"""Local training of many clients at once, in common passes over one resident model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm.adapters import Adapter, is_head
+from fedllm.engine.buffers import Buffer, base_delta, head_tensors, low_ranks
+from fedllm.engine.lora import Active
+from fedllm.engine.optimizer import FlatOptimizer, clip_rows
+from fedllm.engine.packing import segments, split
+from fedllm.engine.resident import Resident
+from fedllm.engine.shards import Shards, collect
+from fedllm.errors import TrainingError
+from fedllm.federation import BaseClient, FitRequest, FitResult, Plan, Progress
+from fedllm.seeding import derive, rng
+
+
+class Cohort:
+    """Clients that train together: same trainable tensors, same base, any ranks and lengths.
+
+    Memory besides the base: 4 buffers (parameters, gradients, two moments) of fp32 K x P, and the
+    activations of `tokens_per_pass` tokens. Results do not depend on who trains together.
+
+    Args:
+        resident: The model.
+        requests: What to train.
+        shards: The clients' data.
+        plan: Batches and learning rates.
+    """
+
+    def __init__(
+        self, resident: Resident, requests: Sequence[FitRequest], shards: Shards, plan: Plan
+    ) -> None:
+        # rows that still have steps to do must come first: the optimiser works on a prefix
+        self.order = sorted(range(len(requests)), key=lambda i: -requests[i].job.steps)
+        self.requests = [requests[i] for i in self.order]
+        self.resident, self.shards, self.plan = resident, shards, plan
+        adapters = [request.start for request in self.requests]
+        first = self.requests[0]
+        device = resident.device
+        self.trained = Buffer(adapters, lambda n: first.client.trainable(n, first.job), device)
+        self.frozen = Buffer(adapters, lambda n: n not in self.trained, device)
+        self.grads = torch.zeros_like(self.trained.data)
+        self.live = self._cast(self.trained)
+        self.optimizer = FlatOptimizer(self.trained.data, plan.training)
+        sources = [(self.trained, self.live), (self.frozen, self._cast(self.frozen))]
+        self.active = Active(
+            modules=low_ranks(adapters, sources, (self.trained, self.grads)),
+            delta=base_delta(first.job.payload.base, resident.dtype, device),
+            dropout=resident.dropout,
+            anchor=torch.zeros((), device=device, requires_grad=True),
+        )
+        self.losses = torch.zeros(first.job.steps, len(requests), device=device)
+        self.tokens = np.zeros(len(requests), dtype=np.int64)
+
+    def train(self, progress: Progress | None = None) -> list[FitResult]:
+        """Do all steps; return results in the order of the requests.
+
+        Raises:
+            TrainingError: If a loss or a trained tensor is not finite.
+        """
+        batches = [self._batches(request) for request in self.requests]
+        for step in range(self.requests[0].job.steps):
+            rows = [
+                next(b) for b, r in zip(batches, self.requests, strict=True) if self._on(r, step)
+            ]
+            self._step(step, rows)
+            if progress is not None:
+                for request in self.requests[: len(rows)]:
+                    progress(request.job.cid, step + 1, request.job.steps)
+        self._check()
+        results = [self._result(row) for row in range(len(self.requests))]
+        return [results[self.order.index(i)] for i in range(len(results))]
+
+    def _on(self, request: FitRequest, step: int) -> bool:
+        return step < request.job.steps
+
+    def _cast(self, buffer: Buffer) -> Tensor:
+        if self.resident.dtype == torch.float32:
+            return buffer.data
+        return buffer.data.to(self.resident.dtype)
+
+    def _batches(self, request: FitRequest) -> Iterator[np.ndarray]:
+        """Yield the rows of each step: epoch after epoch, each in an order of its own."""
+        job = request.job
+        own, size, epoch = self.shards.rows(job.cid), self.plan.rows_per_step, 0
+        while True:
+            order = rng(job.seed, "order", request.tag, epoch).permutation(own)
+            for start in range(0, len(order), size):
+                yield order[start : start + size]
+            epoch += 1
+
+    def _step(self, step: int, batches: Sequence[np.ndarray]) -> None:
+        """Accumulate the gradients of all passes of a step, then move the parameters."""
+        count = len(batches)
+        self.grads[:count].zero_()
+        if self.live is not self.trained.data:
+            self.live.copy_(self.trained.data)
+        heads = self._head_leaves()
+        chosen = np.concatenate(batches)
+        owners = np.repeat(np.arange(count), [len(b) for b in batches])
+        place = np.concatenate([np.arange(len(b)) for b in batches])
+        offsets = self.shards.tokens.offsets
+        lengths = offsets[chosen + 1] - offsets[chosen]
+        weights = self._weights(chosen, owners, count)
+        passes = split(
+            lengths, owners, self.resident.tokens_per_pass, is_padded=not self.resident.is_packed
+        )
+        for part in passes:
+            self._pass(step, chosen[part], owners[part], place[part], weights)
+        for name, leaf in heads.items():
+            if leaf.grad is not None:
+                self.trained.layout.view(self.grads, name).add_(leaf.grad)
+        np.add.at(self.tokens, owners, lengths)
+        self._shape_gradients(count)
+        clip_rows(self.grads[:count], self.plan.training.max_grad_norm)
+        rates = [
+            r.job.learning_rate * self.plan.step_factor(step, r.job.steps)
+            for r in self.requests[:count]
+        ]
+        self.optimizer.step(
+            self.grads[:count], torch.tensor(rates, device=self.grads.device)[:, None]
+        )
+
+    def _weights(self, chosen: np.ndarray, owners: np.ndarray, count: int) -> Tensor:
+        """Return 1 / (entries in the loss) of each client's step, fp32 (K,)."""
+        entries = np.bincount(owners, self.shards.entries[chosen], count)
+        weights = np.divide(1.0, entries, out=np.zeros(count), where=entries > 0)
+        return torch.tensor(weights, dtype=torch.float32, device=self.grads.device)
+
+    def _pass(
+        self, step: int, chosen: np.ndarray, owners: np.ndarray, place: np.ndarray, weights: Tensor
+    ) -> None:
+        """Run one pass forward and backward."""
+        sequences = collect(self.shards.tokens, chosen, owners)
+        lengths = sequences.lengths
+        self.active.by_sequence = segments(owners, np.ones_like(lengths))
+        self.active.by_token = segments(owners, lengths) if self.resident.is_packed else ()
+        if self.active.dropout:
+            self.active.sequence_lengths = lengths.tolist() if self.resident.is_packed else ()
+            self.active.sequence_seeds = [
+                derive(self.requests[o].job.seed, "dropout", self.requests[o].tag, step, int(p))
+                for o, p in zip(owners, place, strict=True)
+            ]
+        with self.resident.using(self.active):
+            out = self.resident.forward.run(sequences)
+            if not len(out.losses):
+                return
+            rows = torch.from_numpy(owners).to(self.grads.device)[out.owners]
+            share = out.losses * weights[rows]
+            self.losses[step].index_add_(0, rows, share.detach())
+            share.sum().backward()  # type: ignore[no-untyped-call]
+
+    def _head_leaves(self) -> dict[str, Tensor]:
+        """Make this step's heads: trained ones are leaves over the buffer's own memory."""
+        leaves = {
+            name: self.trained.layout.view(self.trained.data, name).detach().requires_grad_()
+            for name in self.trained.layout.offsets
+            if is_head(name)
+        }
+        heads = self.resident.heads
+        own = head_tensors(heads, [(self.frozen, self.frozen.data)])
+        for name, leaf in leaves.items():
+            head = next(h for h in heads if name.startswith(h + "."))
+            own.setdefault(head, {})[name.removeprefix(head + ".")] = leaf
+        self.active.heads = own
+        return leaves
+
+    def _shape_gradients(self, count: int) -> None:
+        """Add the penalties' gradients and let clients correct the sum."""
+        for row, request in enumerate(self.requests[:count]):
+            kind = type(request.client)
+            if kind.penalty is not BaseClient.penalty:
+                live = {
+                    n: self._own(self.trained.data, n, row).detach().requires_grad_()
+                    for n in self.trained.layout.offsets
+                }
+                penalty = request.client.penalty(live, request.job)
+                if penalty is not None:
+                    found = torch.autograd.grad(penalty, list(live.values()), allow_unused=True)
+                    for name, grad in zip(live, found, strict=True):
+                        if grad is not None:
+                            self._own(self.grads, name, row).add_(grad)
+            if kind.correct is not BaseClient.correct:
+                grads = {n: self._own(self.grads, n, row) for n in self.trained.layout.offsets}
+                changed = request.client.correct(grads, request.job)
+                for name, grad in (changed or {}).items():
+                    grads[name].copy_(grad)
+
+    def _own(self, buffer: Tensor, name: str, row: int) -> Tensor:
+        """View a client's own tensor, without padding."""
+        return self.trained.place(buffer, name, row, self.requests[row].start[name].shape)
+
+    def _check(self) -> None:
+        bad = ~torch.isfinite(self.losses)
+        bad_rows = (bad.any(dim=0) | ~torch.isfinite(self.trained.data).all(dim=1)).nonzero()
+        if not len(bad_rows):
+            return
+        row = int(bad_rows[0])
+        job = self.requests[row].job
+        steps = bad[:, row].nonzero()
+        at = f"at local step {int(steps[0]) + 1}" if len(steps) else "in its last step"
+        raise TrainingError(
+            f"the loss of client {job.cid} stopped being finite {at} of round {job.version + 1}"
+            f" (learning rate {job.learning_rate:g}). Lower training.learning_rate, or set"
+            " training.max_grad_norm; check the data with `fedllm check`."
+        )
+
+    def _result(self, row: int) -> FitResult:
+        request = self.requests[row]
+        tensors = {
+            name: self._own(self.trained.data, name, row).to("cpu", copy=True)
+            for name in self.trained.layout.offsets
+        }
+        steps = request.job.steps
+        return FitResult(
+            adapter=Adapter({**request.start.tensors, **tensors}, request.start.scaling),
+            num_steps=steps,
+            metrics={
+                "loss": float(self.losses[:steps, row].mean()) if steps else float("nan"),
+                "tokens": float(self.tokens[row]),
+            },
+        )

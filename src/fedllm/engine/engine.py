@@ -1,0 +1,158 @@
+"""The engine: trains cohorts, scores test rows and generates answers on one resident model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fedllm.adapters import Adapter, BaseDelta
+from fedllm.engine.buffers import Buffer, base_delta, head_tensors, low_ranks
+from fedllm.engine.cohort import Cohort
+from fedllm.engine.generate import generate
+from fedllm.engine.lora import Active
+from fedllm.engine.packing import segments, split
+from fedllm.engine.resident import Resident
+from fedllm.engine.shards import Shards, collect
+from fedllm.federation import BaseClient, FitRequest, FitResult, Job, Plan, Progress, Scores, View
+
+if TYPE_CHECKING:
+    from fedllm.data import Partition, TokenSet
+
+_ROW_BYTES_LIMIT = 2**30
+"""Most bytes of parameters, gradients and moments of clients that train together."""
+_VIEWS_AT_ONCE = 32
+
+
+@dataclass
+class CohortEngine:
+    """Implements `federation.Engine` and `federation.Scorer` on one device.
+
+    Cost of training: one forward and backward pass over the clients' useful tokens, no padding.
+    Memory: the base once; for clients that train together 16 bytes a trainable parameter; one
+    pass's activations.
+    """
+
+    resident: Resident
+    tokens: TokenSet
+    partition: Partition
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        self._shards = Shards.of(self.tokens, self.partition, self.resident.kind)
+
+    def fit(self, job: Job, start: Adapter, client: BaseClient, *, tag: str = "") -> FitRequest:
+        """Ask for local training; see `federation.Engine.fit`."""
+        return FitRequest(job, start, client, tag)
+
+    def train(
+        self, requests: Sequence[FitRequest], progress: Progress | None = None
+    ) -> list[FitResult]:
+        """Serve fits together where they train the same tensors on the same base."""
+        results: dict[int, FitResult] = {}
+        for members in self._cohorts(requests):
+            chosen = [requests[i] for i in members]
+            if chosen[0].job.steps == 0:
+                results.update({i: _untrained(requests[i]) for i in members})
+                continue
+            cohort = Cohort(self.resident, chosen, self._shards, self.plan)
+            results.update(zip(members, cohort.train(progress), strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    def score(self, views: Sequence[View], tokens: TokenSet) -> Scores:
+        """Return the loss and correctness of each asked-for row under its view, in one sweep."""
+        scores = Scores.empty(len(tokens))
+        for start in range(0, len(views), _VIEWS_AT_ONCE):
+            chunk = [v for v in views[start : start + _VIEWS_AT_ONCE] if len(v.rows)]
+            if not chunk:
+                continue
+            active = self.activate([v.adapter for v in chunk], chunk[0].base)
+            rows = np.concatenate([v.rows for v in chunk])
+            owners = np.repeat(np.arange(len(chunk)), [len(v.rows) for v in chunk])
+            padded = not self.resident.is_packed
+            limit = self.resident.tokens_per_pass * 2
+            for part in split(tokens.lengths[rows], owners, limit, is_padded=padded):
+                self._score_pass(active, tokens, rows[part], owners[part], scores)
+        return scores
+
+    def generate(
+        self,
+        views: Sequence[View],
+        tokens: TokenSet,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[int, str]:
+        """Return the greedy answer to the prompt of each asked-for row, by row."""
+        answers: dict[int, str] = {}
+        for start in range(0, len(views), _VIEWS_AT_ONCE):
+            chunk = [v for v in views[start : start + _VIEWS_AT_ONCE] if len(v.rows)]
+            if not chunk:
+                continue
+            active = self.activate([v.adapter for v in chunk], chunk[0].base)
+            rows = np.concatenate([v.rows for v in chunk])
+            owners = np.repeat(np.arange(len(chunk)), [len(v.rows) for v in chunk])
+            answers |= generate(
+                self.resident, active, tokens, rows, owners, max_new_tokens, batch_size, progress
+            )
+        return answers
+
+    def activate(self, adapters: Sequence[Adapter], base: BaseDelta) -> Active:
+        """Return the adapters, one a row, ready to be applied without training."""
+        device, dtype = self.resident.device, self.resident.dtype
+        buffer = Buffer(adapters, lambda name: True, device)
+        return Active(
+            modules=low_ranks(adapters, [(buffer, buffer.data.to(dtype))]),
+            delta=base_delta(base, dtype, device),
+            heads=head_tensors(self.resident.heads, [(buffer, buffer.data)]),
+        )
+
+    def _score_pass(
+        self,
+        active: Active,
+        tokens: TokenSet,
+        rows: np.ndarray,
+        owners: np.ndarray,
+        scores: Scores,
+    ) -> None:
+        sequences = collect(tokens, rows, owners)
+        active.by_sequence = segments(owners, np.ones_like(rows))
+        packed = self.resident.is_packed
+        active.by_token = segments(owners, sequences.lengths) if packed else ()
+        with torch.no_grad(), self.resident.using(active):
+            out = self.resident.forward.run(sequences)
+        place = rows[out.owners.cpu().numpy()]
+        np.add.at(scores.loss_sum, place, out.losses.double().cpu().numpy())
+        np.add.at(scores.count, place, 1)
+        np.add.at(scores.correct, place, out.correct.cpu().numpy())
+        scores.choice[place] = out.choices.cpu().numpy()
+
+    def _cohorts(self, requests: Sequence[FitRequest]) -> list[list[int]]:
+        """Divide requests into cohorts that may share passes and fit into memory."""
+        alike: dict[object, list[int]] = {}
+        for i, request in enumerate(requests):
+            names = tuple(n for n in request.start if request.client.trainable(n, request.job))
+            key = (names, tuple(request.start), id(request.job.payload.base), request.job.steps > 0)
+            alike.setdefault(key, []).append(i)
+        groups = []
+        for members in alike.values():
+            size = self._clients_at_once([requests[i] for i in members])
+            groups += [members[i : i + size] for i in range(0, len(members), size)]
+        return groups
+
+    def _clients_at_once(self, requests: Sequence[FitRequest]) -> int:
+        """Return how many clients fill a pass, within the memory limit."""
+        rows = np.concatenate([self._shards.rows(r.job.cid) for r in requests])
+        mean_tokens = float(self.tokens.lengths[rows].mean()) if len(rows) else 1.0
+        per_step = max(mean_tokens * self.plan.rows_per_step, 1.0)
+        row_bytes = 16 * max(sum(t.numel() for t in r.start.tensors.values()) for r in requests)
+        fitting = max(int(_ROW_BYTES_LIMIT // max(row_bytes, 1)), 1)
+        return max(1, min(round(self.resident.tokens_per_pass / per_step), fitting))
+
+
+def _untrained(request: FitRequest) -> FitResult:
+    return FitResult(request.start, 0, {"tokens": 0.0})

@@ -1,0 +1,95 @@
+"""The base model in memory, with adapter layers in place: loaded once, shared by all clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from fedllm.adapters import Adapter, initial
+from fedllm.engine.forward import Forward
+from fedllm.engine.lora import Active, ClientHead, LoRALinear, Slot
+from fedllm.engine.norm import replace_rms_norms
+from fedllm.models import LoadedModel, head_modules, linear_shape, target_modules
+
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+"""Measured defaults: on a CPU a pass should stay within the cache, on a GPU it fills the chip."""
+
+
+class Resident:
+    """A frozen model whose target layers apply whatever adapters are active.
+
+    Args:
+        loaded: The model; it is changed in place and must not be used elsewhere.
+        targets: `auto`, `all-linear` or module names.
+        dropout: Dropout of the low-rank path while training.
+        tokens_per_pass: Most tokens in a pass, or `auto`.
+        layout: `auto`, `packed` or `padded`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        targets: str | Sequence[str] = "auto",
+        *,
+        dropout: float = 0.0,
+        tokens_per_pass: int | str = "auto",
+        layout: str = "auto",
+    ) -> None:
+        model = loaded.model
+        self.kind = loaded.kind
+        self.model = model
+        self.tokenizer = loaded.tokenizer
+        self.device = model.device
+        self.dtype = model.dtype
+        self.dropout = dropout
+        self.slot = Slot()
+        self.tokens_per_pass = (
+            TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS["cuda"])
+            if isinstance(tokens_per_pass, str)
+            else tokens_per_pass
+        )
+        self.heads = head_modules(model, loaded.kind)
+        self.head_start = {
+            f"{head}.{name}": parameter.detach().float().cpu().clone()
+            for head in self.heads
+            for name, parameter in model.get_submodule(head).named_parameters()
+        }
+        names = target_modules(model, targets)
+        self.shapes = {}
+        for index, name in enumerate(names):
+            base = model.get_submodule(name)
+            columns, rows = linear_shape(base)
+            self.shapes[name] = (rows, columns)
+            _replace(model, name, LoRALinear(base, name, self.slot, index))
+        for head in self.heads:
+            _replace(model, head, ClientHead(model.get_submodule(head), head, self.slot))
+        replace_rms_norms(model)
+        pad = self.tokenizer.pad_token_id or 0
+        self.forward = Forward(
+            model, loaded.kind, self.heads[0] if self.heads else None, int(pad), self.slot, layout
+        )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether passes are packed without padding."""
+        return self.forward.is_packed
+
+    def initial_adapter(self, rank: int, scaling: float, seed: int) -> Adapter:
+        """Return the adapter all clients start from: the model's outputs are unchanged."""
+        return initial(self.shapes, rank, scaling, seed, self.head_start)
+
+    @contextmanager
+    def using(self, active: Active) -> Iterator[None]:
+        """Apply these adapters inside the block."""
+        self.slot.active = active
+        try:
+            yield
+        finally:
+            self.slot.active = None
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, last, module)

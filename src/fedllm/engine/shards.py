@@ -1,0 +1,61 @@
+"""Clients' training rows: one flat token set for all, and an index slice for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedllm.engine.packing import Sequences
+
+if TYPE_CHECKING:
+    from fedllm.data import Partition, TokenSet
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The training rows of every client; a client costs two integers, a row one."""
+
+    tokens: TokenSet
+    partition: Partition
+    entries: np.ndarray
+    """int (rows,): terms that each row adds to the loss."""
+
+    @classmethod
+    def of(cls, tokens: TokenSet, partition: Partition, kind: str) -> Shards:
+        """Count the loss terms of each row: supervised tokens, or one class."""
+        return cls(tokens, partition, loss_entries(tokens, kind))
+
+    def rows(self, cid: int) -> np.ndarray:
+        """Return the training rows of a client."""
+        return self.partition.train(cid)
+
+
+def loss_entries(tokens: TokenSet, kind: str) -> np.ndarray:
+    """Return how many terms each row adds to the loss, int (rows,).
+
+    A row's first token is never predicted: nothing comes before it.
+    """
+    if kind != "causal-lm":
+        return np.ones(len(tokens), dtype=np.int64)
+    flags = tokens.supervised.copy()
+    flags[tokens.offsets[:-1][tokens.lengths > 0]] = False
+    total = np.concatenate([[0], np.cumsum(flags)])
+    return np.asarray(total[tokens.offsets[1:]] - total[tokens.offsets[:-1]])
+
+
+def collect(tokens: TokenSet, chosen: np.ndarray, owners: np.ndarray) -> Sequences:
+    """Copy the chosen rows of a token set into one pass.
+
+    Args:
+        tokens: All rows.
+        chosen: int (N,): rows in the order of the pass.
+        owners: int (N,): the client of each, non-decreasing.
+    """
+    begin = tokens.offsets[chosen]
+    lengths = tokens.offsets[chosen + 1] - begin
+    index = np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
+    index += np.arange(int(lengths.sum()))
+    classes = None if tokens.labels is None else tokens.labels[chosen]
+    return Sequences(tokens.tokens[index], lengths, owners, tokens.supervised[index], classes)

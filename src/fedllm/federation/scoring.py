@@ -1,0 +1,61 @@
+"""What evaluation asks of an engine, and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fedllm.adapters import Adapter, BaseDelta
+
+if TYPE_CHECKING:
+    from fedllm.data import TokenSet
+
+
+@dataclass(frozen=True)
+class View:
+    """A model to evaluate, and the test rows to evaluate it on."""
+
+    adapter: Adapter
+    base: BaseDelta
+    rows: np.ndarray
+    """int (n,): rows of the test set."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher-forced results of each row of a test set; zero where a row was not asked for."""
+
+    loss_sum: np.ndarray
+    """float64 (rows,): summed cross-entropy in nats."""
+    count: np.ndarray
+    """int (rows,): predicted tokens, or 1 for a class."""
+    correct: np.ndarray
+    """int (rows,): how many of them were the most likely choice."""
+    choice: np.ndarray
+    """int (rows,): the class chosen (classification)."""
+
+    @classmethod
+    def empty(cls, rows: int) -> Scores:
+        """Return scores of no rows yet."""
+        return cls(np.zeros(rows), *(np.zeros(rows, dtype=np.int64) for _ in range(3)))
+
+
+class Scorer(Protocol):
+    """Scores test rows and generates answers."""
+
+    def score(self, views: Sequence[View], tokens: TokenSet) -> Scores:
+        """Return the loss and correctness of each asked-for row under its view."""
+
+    def generate(
+        self,
+        views: Sequence[View],
+        tokens: TokenSet,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[int, str]:
+        """Return the greedy answer to the prompt of each asked-for row, by row."""

@@ -1,0 +1,16 @@
+"""The event loop."""
+
+from fedllm.simulation.events import ClientState, Event, EventKind, EventQueue
+from fedllm.simulation.loop import Loop, Population, Round
+from fedllm.simulation.schedules import Sync
+
+__all__ = [
+    "ClientState",
+    "Event",
+    "EventKind",
+    "EventQueue",
+    "Loop",
+    "Population",
+    "Round",
+    "Sync",
+]
