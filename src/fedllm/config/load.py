@@ -153,4 +153,3 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kind(value: object) -> str:
     return {"list": "list", "str": "text"}.get(type(value).__name__, type(value).__name__)
-

@@ -193,8 +193,9 @@ class EvaluationConfig(Section):
 
     every: Annotated[int, Field(ge=0)] = 1
     """Evaluate after every so many rounds; 0 means only at the end."""
-    scope: Literal["global", "personal", "both"] = "global"
-    """The global view on all test rows, each client's own view on its own, or both."""
+    scope: Literal["auto", "global", "personal", "both"] = "auto"
+    """The global view on all test rows, each client's own view on its own, or both; `auto` takes
+    `both` where clients keep something of their own, else `global`."""
     max_rows: PositiveInt | None = None
     """Evaluate on at most this many test rows (drawn from the seed) until the last round."""
     metrics: list[str] | Literal["auto"] = "auto"

@@ -1,0 +1,191 @@
+"""Adapters on disk as PEFT reads them: `adapter_config.json` and `adapter_model.safetensors`.
+
+A third file, `fedllm.json`, says where the adapter comes from. It is not part of the safetensors
+header because that library orders header entries at random: as it is, equal adapters make equal
+files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedllm.adapters.adapter import Adapter, Product
+from fedllm.adapters.base_delta import BaseDelta
+from fedllm.adapters.lazy import LazyModule
+from fedllm.adapters.names import is_a, is_b, is_head, name_a, name_b
+from fedllm.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+"""PEFT's names for the kinds of model."""
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+ORIGIN_FILE = "fedllm.json"
+
+_PREFIX = "base_model.model."
+_SUFFIX = ".weight"
+_HEAD_ENDINGS = ("classifier", "score")
+
+
+def save_peft(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    base_model: str,
+    task_type: TaskType,
+    base: BaseDelta | None = None,
+    conv1d_modules: Collection[str] = (),
+    dropout: float = 0.0,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, in fp32.
+
+    The loaded model computes W + scaling * B @ A + the base delta. Files of an adapter that is
+    already there are replaced.
+
+    Args:
+        adapter: Both factors of every module, and the tensors of a trained head, if any.
+        folder: Made if missing.
+        base_model: Folder or hub id of the model the adapter belongs to.
+        task_type: What that model does.
+        base: What has been merged into the base weights; exported as extra rank.
+        conv1d_modules: Modules whose weight is stored (in, out), as GPT-2's are.
+        dropout: Dropout the adapter was trained with.
+        metadata: Where the adapter comes from (algorithm, version, ...), for `fedllm.json`.
+    """
+    whole = folded(adapter, base or BaseDelta())
+    config = _config(whole, base_model, task_type, conv1d_modules, dropout)
+    origin = {**(metadata or {}), "adapter_sha256": adapter.digest()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(_json(config), encoding="utf-8")
+    (folder / TENSORS_FILE).write_bytes(_tensor_bytes(whole))
+    (folder / ORIGIN_FILE).write_text(_json(origin), encoding="utf-8")
+
+
+def load_peft(folder: Path) -> Adapter:
+    """Read back what `save_peft` wrote; a base delta is then part of the factors.
+
+    Raises:
+        ModelError: If the folder holds no adapter written by `save_peft`.
+    """
+    from safetensors.torch import load_file
+
+    missing = [n for n in (CONFIG_FILE, TENSORS_FILE, ORIGIN_FILE) if not (folder / n).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} holds no adapter that fedllm wrote: {', '.join(missing)} is missing."
+            " Give the folder that `fedllm export` made, or the adapter/ of a checkpoint."
+        )
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    stored = load_file(folder / TENSORS_FILE)
+    adapter = Adapter({_our_name(name): tensor for name, tensor in stored.items()})
+    scaling = {
+        module: config["alpha_pattern"].get(module, config["lora_alpha"]) / adapter.rank_of(module)
+        for module in adapter.modules
+    }
+    return Adapter(adapter.tensors, scaling)
+
+
+def folded(adapter: Adapter, base: BaseDelta) -> Adapter:
+    """Return one adapter that does exactly what the adapter and the base delta do together.
+
+    A module with a delta becomes [B, B_delta] @ [s A; A_delta] with scaling 1; no rank exceeds
+    min(out, in), and an adapter part with B = 0 takes no rank.
+    """
+    tensors, scaling, adapted = dict(adapter.tensors), dict(adapter.scaling), set(adapter.modules)
+    for module, delta in base.as_products().items():
+        if module in adapted and adapter[name_b(module)].any():
+            own = adapter.product(module)
+            delta = Product(torch.cat([own.b, delta.b], dim=1), torch.cat([own.a, delta.a]))
+        tensors[name_b(module)], tensors[name_a(module)] = _compact(delta)
+        scaling[module] = 1.0
+    return Adapter(tensors, scaling)
+
+
+def head_module(name: str) -> str:
+    """Return the module PEFT must keep in full so that it holds this head tensor.
+
+    >>> head_module("classifier.dense.weight")
+    'classifier'
+    """
+    *path, _ = name.split(".")
+    for depth, part in enumerate(path, start=1):
+        if part.endswith(_HEAD_ENDINGS):
+            return ".".join(path[:depth])
+    return ".".join(path)
+
+
+def _compact(product: Product) -> Product:
+    """Return the same matrix at a rank of at most min(out, in)."""
+    b, a = product
+    if b.shape[1] <= min(b.shape[0], a.shape[1]):
+        return product
+    return BaseDelta(dense={"": product.dense()}).as_products()[""]
+
+
+def _config(
+    adapter: Adapter,
+    base_model: str,
+    task_type: TaskType,
+    conv1d_modules: Collection[str],
+    dropout: float,
+) -> dict[str, Any]:
+    """Return PEFT's configuration: the commonest rank and alpha, and the modules that differ."""
+    from peft import LoraConfig
+
+    ranks = {module: adapter.rank_of(module) for module in adapter.modules}
+    alphas = {module: adapter.scaling[module] * rank for module, rank in ranks.items()}
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    config = LoraConfig(
+        task_type=task_type,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+        target_modules=list(ranks),
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={m: r for m, r in ranks.items() if r != rank},
+        alpha_pattern={m: a for m, a in alphas.items() if a != alpha},
+        lora_dropout=dropout,
+        fan_in_fan_out=any(module in conv1d_modules for module in ranks),
+        modules_to_save=sorted({head_module(name) for name in adapter.heads}) or None,
+    )
+    tree: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]  # PEFT's
+    return tree
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _tensor_bytes(adapter: Adapter) -> bytes:
+    from safetensors.torch import save
+
+    tensors = {
+        _peft_name(name): tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in adapter.tensors.items()
+    }
+    return save(tensors, {"format": "pt"})
+
+
+def _peft_name(name: str) -> str:
+    return _PREFIX + name + ("" if is_head(name) else _SUFFIX)
+
+
+def _our_name(stored: str) -> str:
+    name = stored.removeprefix(_PREFIX)
+    factor = name.removesuffix(_SUFFIX)
+    return factor if is_a(factor) or is_b(factor) else name
+
+
+def _json(tree: Mapping[str, Any]) -> str:
+    # PEFT keeps module names in sets, whose order changes from process to process
+    return json.dumps(tree, indent=2, sort_keys=True, default=sorted) + "\n"

@@ -1,0 +1,162 @@
+"""From `data.path` to the records of the train and test splits, which are never merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.config import DataConfig
+from fedllm.data.formats import SUFFIXES, missing, read_file
+from fedllm.data.rows import Record
+from fedllm.errors import DataError, did_you_mean, unknown
+
+TEST_SPLITS = ("test", "validation", "valid", "dev", "val")
+"""Names under which `test_split: auto` looks for official test rows, best first."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of both splits; `test` is None where rows have to be held out."""
+
+    train: list[Record]
+    test: list[Record] | None
+    train_name: str
+    test_name: str
+
+
+def read_source(config: DataConfig) -> Source:
+    """Read both splits from a built-in data set, a file, a folder or the hub.
+
+    Raises:
+        DataError: If the source or one of its splits is missing or unreadable.
+    """
+    path = Path(config.path).expanduser()
+    if config.path.startswith("builtin:"):
+        source = _builtin(config.path.removeprefix("builtin:"))
+    elif path.is_dir():
+        source = _folder(config, path)
+    elif path.is_file():
+        source = _file(config, path)
+    elif path.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(config.path):
+        raise DataError(missing(path))
+    else:
+        source = _hub(config)
+    if config.test_path is None:
+        return source
+    test = Path(config.test_path).expanduser()
+    return Source(source.train, read_file(test), source.train_name, str(test))
+
+
+def _builtin(name: str) -> Source:
+    from fedllm.data import builtin
+
+    if name not in builtin.BUILTIN_DATASETS:
+        raise DataError(unknown("built-in data set", name, builtin.BUILTIN_DATASETS))
+    generate = getattr(builtin, name)
+
+    def records(split: str) -> list[Record]:
+        rows: list[dict[str, Any]] = generate(split)
+        return [(f"builtin:{name} {split} row {i}", row) for i, row in enumerate(rows, start=1)]
+
+    where = f"builtin:{name}"
+    return Source(records("train"), records("test"), f"{where} train", f"{where} test")
+
+
+def _file(config: DataConfig, path: Path) -> Source:
+    if config.test_split != "auto" and config.test_path is None:
+        raise DataError(
+            f"data.test_split is '{config.test_split}', but {path} is one file without splits. "
+            "Give data.test_path, or leave test_split on auto to hold rows out"
+        )
+    return Source(read_file(path), None, str(path), str(path))
+
+
+def _folder(config: DataConfig, folder: Path) -> Source:
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            # train-00000-of-00002.parquet is one part of a split
+            split = re.sub(r"-\d+-of-\d+$", "", file.stem)
+            files.setdefault(split, []).append(file)
+    if not files:
+        raise DataError(f"{folder}: no data files in this folder. Known: {', '.join(SUFFIXES)}")
+
+    def records(split: str) -> list[Record]:
+        parts = files[split]
+        if len(parts) > 1 and any(part.stem == split for part in parts):
+            names = ", ".join(part.name for part in parts)
+            raise DataError(f"{folder}: split '{split}' has several files: {names}. Keep one")
+        return [record for part in parts for record in read_file(part)]
+
+    test = _choose_splits(config, list(files), str(folder))
+    return Source(
+        records(config.train_split),
+        None if test is None else records(test),
+        f"{folder} {config.train_split}",
+        f"{folder} {test or config.train_split}",
+    )
+
+
+def _choose_splits(config: DataConfig, splits: Sequence[str], where: str) -> str | None:
+    """Return the test split to use, or None for a hold-out; check that train is there."""
+    if config.train_split not in splits:
+        raise DataError(
+            f"{where}: no split '{config.train_split}'."
+            f"{did_you_mean(config.train_split, splits)} It has: {', '.join(splits)}. "
+            "Set data.train_split"
+        )
+    if config.test_path is not None:
+        return None
+    if config.test_split == "auto":
+        others = (name for name in TEST_SPLITS if name in splits and name != config.train_split)
+        return next(others, None)
+    if config.test_split not in splits:
+        raise DataError(
+            f"{where}: no split '{config.test_split}'."
+            f"{did_you_mean(config.test_split, splits)} It has: {', '.join(splits)}. "
+            "Set data.test_split"
+        )
+    if config.test_split == config.train_split:
+        raise DataError(
+            f"data.test_split and data.train_split are both '{config.test_split}'; testing on "
+            "training rows says nothing. Leave test_split on auto to hold rows out"
+        )
+    return config.test_split
+
+
+def _hub(config: DataConfig) -> Source:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(config.path, config.subset)
+    except Exception as error:  # the hub's client raises dozens of kinds: network, names, scripts
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"'{config.path}' is no file or folder here, and as a hub data set it could not be "
+            f"loaded: {lines[0].rstrip('.')}. Check the name, data.subset and the network"
+        ) from None
+    test = _choose_splits(config, list(found), config.path)
+
+    def records(split: str) -> list[Record]:
+        rows = found[split]
+        names = {c: f.names for c, f in rows.features.items() if hasattr(f, "names")}
+        where = f"{config.path} {split}"
+        return [(f"{where} row {i}", _named(row, names)) for i, row in enumerate(rows, start=1)]
+
+    return Source(
+        records(config.train_split),
+        None if test is None else records(test),
+        f"{config.path} {config.train_split}",
+        f"{config.path} {test or config.train_split}",
+    )
+
+
+def _named(row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
+    """Turn class ids into class names; -1, which hides a label, stays."""
+    changed = {c: n[row[c]] for c, n in names.items() if row[c] is not None and row[c] >= 0}
+    return {**row, **changed}

@@ -1,0 +1,96 @@
+"""Token ids of many rows in flat arrays: a row is a slice, a client is a set of row numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """One split, tokenised; all arrays are shared by all clients and not to be modified."""
+
+    tokens: npt.NDArray[np.int32]
+    """Token ids of all rows, one after another, shape (total,)."""
+    supervised: npt.NDArray[np.bool_]
+    """Whether the loss counts the prediction of this token, shape (total,)."""
+    offsets: npt.NDArray[np.int64]
+    """Row i is `tokens[offsets[i]:offsets[i + 1]]`, shape (rows + 1,)."""
+    prompt_lengths: npt.NDArray[np.int32]
+    """Leading tokens that an answer is generated from, shape (rows,); 0 for plain text."""
+    labels: npt.NDArray[np.int64] | None
+    """Class ids, shape (rows,), if the task is classification."""
+    groups: tuple[str, ...] | None
+    """Label or category of each row, if rows have one."""
+    references: tuple[str, ...]
+    """The last answer of each row, whole; the label's name; '' for plain text."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, shape (rows,)."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Return views of one row's tokens and of which of them are supervised."""
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[part], self.supervised[part]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One row on its way into the flat arrays."""
+
+    tokens: Sequence[int]
+    learned: Sequence[Span]
+    """First and one past the last token of each part that is supervised."""
+    prompt_length: int
+    row: int
+    """Number of the row it was made from."""
+    answer: int = 0
+    """Which message is its last answer."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What tokenising gives and the cache keeps; rows that were dropped are not in it."""
+
+    tokens: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+    prompt_lengths: npt.NDArray[np.int32]
+    kept: npt.NDArray[np.int64]
+    """Number of the row that each was made from."""
+    answers: npt.NDArray[np.int64]
+    """Which message of the conversation is the last answer of each."""
+    truncated: npt.NDArray[np.int64]
+    """How many rows were shortened, shape ()."""
+
+
+def pack(rows: Sequence[TokenRow], *, truncated: int) -> Encoded:
+    """Lay rows out one after another."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row.tokens) for row in rows], out=offsets[1:])
+    total = int(offsets[-1])
+    tokens = np.fromiter(chain.from_iterable(row.tokens for row in rows), np.int32, total)
+    supervised = np.zeros(total, np.bool_)
+    for start, row in zip(offsets[:-1].tolist(), rows, strict=True):
+        for first, end in row.learned:
+            supervised[start + first : start + end] = True
+    return Encoded(
+        tokens=tokens,
+        supervised=supervised,
+        offsets=offsets,
+        prompt_lengths=np.array([row.prompt_length for row in rows], np.int32),
+        kept=np.array([row.row for row in rows], np.int64),
+        answers=np.array([row.answer for row in rows], np.int64),
+        truncated=np.array(truncated, np.int64),
+    )

@@ -1,0 +1,195 @@
+"""Evaluation of a federation's views: the global model, and each client's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fedllm.config import EvaluationConfig
+from fedllm.data import Partition, TokenSet
+from fedllm.errors import ConfigError, unknown
+from fedllm.evaluation.metrics import BY_TASK, METRICS, Evidence, Need
+from fedllm.federation import BaseServer, Scorer, StateStore, View
+from fedllm.seeding import rng
+
+Scope = Literal["global", "personal"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    record: Mapping[str, Any]
+    """`global` (metrics), `clients` (mean, worst 10 %, each) and `personal`, as asked for."""
+    predictions: Sequence[Mapping[str, Any]]
+    """A line for each answered or classified row."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates on one test set.
+
+    Cost: the global view is one sweep over the test rows however many clients there are, and each
+    client's figures are sums over its own rows; personal views are a cohort, one sweep too.
+    """
+
+    scorer: Scorer
+    tokens: TokenSet
+    partition: Partition
+    task: str
+    kind: str
+    label_names: Sequence[str]
+    config: EvaluationConfig
+    seed: int
+
+    def __post_init__(self) -> None:
+        wrong = [unknown("metric", n, METRICS) for n in self.names if n not in METRICS]
+        unfit = [n for n in self.names if n in METRICS and not self._fits(METRICS[n].needs)]
+        wrong += [f"metric '{n}' does not fit task '{self.task}' on a {self.kind}" for n in unfit]
+        if wrong:
+            raise ConfigError([f"evaluation.metrics: {line}" for line in wrong])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics that are computed; the first is the main one."""
+        if self.config.metrics == "auto":
+            return BY_TASK[self.task]
+        return tuple(self.config.metrics)
+
+    def evaluate(
+        self,
+        server: BaseServer,
+        store: StateStore,
+        scopes: Iterable[Scope],
+        *,
+        sample: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Evaluate the views of the present state.
+
+        Args:
+            server: Not modified.
+            store: The clients' private tensors.
+            scopes: Which views.
+            sample: Whether at most `evaluation.max_rows` rows are used.
+            progress: Called with the number of answers generated so far.
+        """
+        record: dict[str, Any] = {}
+        predictions: list[dict[str, Any]] = []
+        for scope in scopes:
+            shards = self._shards(sample)
+            views = self._views(server, store, scope, shards)
+            evidence = self._evidence(views, progress)
+            rows = np.concatenate([view.rows for view in views])
+            overall = self._measure(evidence, rows)
+            by_client = self._by_client(evidence, shards)
+            if scope == "global":
+                record |= {"global": overall, "clients": by_client}
+            else:
+                record["personal"] = {"overall": overall, **by_client}
+            predictions += self._predictions(evidence, rows, scope)
+        return Evaluation(record, predictions)
+
+    def _fits(self, need: Need) -> bool:
+        if need == "classes":
+            return self.task == "classification"
+        return need == "tokens" or self.kind == "causal-lm"
+
+    @property
+    def _generates(self) -> bool:
+        needs = {METRICS[name].needs for name in self.names}
+        return self.kind == "causal-lm" and bool(needs & {"answers", "classes"})
+
+    def _shards(self, sample: bool) -> list[np.ndarray]:
+        """Return each client's test rows, of a sample if asked."""
+        shards = [self.partition.test(cid) for cid in range(self.partition.num_clients)]
+        most = self.config.max_rows
+        if not sample or most is None or most >= len(self.tokens):
+            return shards
+        chosen = np.zeros(len(self.tokens), dtype=bool)
+        stream = rng(self.seed, "evaluation")
+        chosen[stream.choice(len(self.tokens), most, replace=False)] = True
+        return [rows[chosen[rows]] for rows in shards]
+
+    def _views(
+        self, server: BaseServer, store: StateStore, scope: Scope, shards: Sequence[np.ndarray]
+    ) -> list[View]:
+        if scope == "global":
+            payload = server.view()
+            return [View(payload.adapter, payload.base, np.sort(np.concatenate(shards)))]
+        views = []
+        for cid, rows in enumerate(shards):
+            if len(rows):
+                payload = server.view(cid)
+                views.append(View(payload.adapter.overlaid(store.get(cid)), payload.base, rows))
+        return views
+
+    def _evidence(self, views: Sequence[View], progress: Callable[[int], None] | None) -> Evidence:
+        scores = self.scorer.score(views, self.tokens)
+        answers: dict[int, str] = {}
+        if self._generates:
+            answers = self.scorer.generate(
+                views,
+                self.tokens,
+                max_new_tokens=self.config.max_new_tokens,
+                batch_size=self.config.batch_size,
+                progress=progress,
+            )
+        chosen = scores.choice
+        if self.kind == "causal-lm":
+            ids = {name.strip().lower(): i for i, name in enumerate(self.label_names)}
+            chosen = np.full(len(self.tokens), -1)
+            for row, answer in answers.items():
+                chosen[row] = ids.get(answer.strip().lower(), -1)
+        return Evidence(scores, self.tokens.references, answers, self.tokens.labels, chosen)
+
+    def _measure(self, evidence: Evidence, rows: np.ndarray) -> dict[str, float]:
+        return {name: METRICS[name].compute(evidence, rows) for name in self.names}
+
+    def _by_client(self, evidence: Evidence, shards: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return each client's metrics, their mean over clients and that of the worst 10 %."""
+        found = {c: self._measure(evidence, rows) for c, rows in enumerate(shards) if len(rows)}
+        mean, worst = {}, {}
+        for name in self.names:
+            values = np.sort([m[name] for m in found.values()])
+            if not METRICS[name].is_higher_better:
+                values = values[::-1]
+            few = max(math.ceil(0.1 * len(values)), 1)
+            mean[name] = float(values.mean()) if len(values) else math.nan
+            worst[name] = float(values[:few].mean()) if len(values) else math.nan
+        return {
+            "mean": mean,
+            "worst_10": worst,
+            "by_client": {str(cid): metrics for cid, metrics in found.items()},
+        }
+
+    def _predictions(
+        self, evidence: Evidence, rows: np.ndarray, scope: Scope
+    ) -> list[dict[str, Any]]:
+        owner = np.full(len(self.tokens), -1)
+        for cid in range(self.partition.num_clients):
+            owner[self.partition.test(cid)] = cid
+        lines = []
+        for row in rows.tolist():
+            line = {
+                "row": row,
+                "client": int(owner[row]),
+                "view": scope,
+                "reference": evidence.references[row],
+            }
+            if row in evidence.answers:
+                line |= {"prediction": evidence.answers[row], "is_right": bool(evidence.exact[row])}
+            elif evidence.classes is not None and evidence.chosen is not None:
+                chosen = int(evidence.chosen[row])
+                line |= {
+                    "prediction": self.label_names[chosen],
+                    "is_right": chosen == int(evidence.classes[row]),
+                }
+            else:
+                continue
+            lines.append(line)
+        return lines

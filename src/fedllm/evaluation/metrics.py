@@ -1,0 +1,184 @@
+"""What is measured on held-out rows: a table of metrics over one body of evidence. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from fedllm.federation import Scores
+
+Need = Literal["tokens", "classes", "answers"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that metrics are computed from, row by row of the test set."""
+
+    scores: Scores
+    references: Sequence[str]
+    """Gold answers, or names of the right classes."""
+    answers: Mapping[int, str] = field(default_factory=dict)
+    """Generated answers, by row; rows that were not asked for are absent."""
+    classes: np.ndarray | None = None
+    """Right class of each row, int (rows,)."""
+    chosen: np.ndarray | None = None
+    """Class the model chose, int (rows,); -1 where its answer names none."""
+
+    @cached_property
+    def exact(self) -> np.ndarray:
+        """Whether each answer is right as a whole, float (rows,)."""
+        return self._by_row(_is_same)
+
+    @cached_property
+    def final_number(self) -> np.ndarray:
+        """Whether the last number of each answer is the reference's, float (rows,)."""
+        return self._by_row(lambda a, r: _same_number(final_number(a), final_number(r)))
+
+    @cached_property
+    def token_f1(self) -> np.ndarray:
+        """Overlap of words, float (rows,)."""
+        return self._by_row(_word_f1)
+
+    @cached_property
+    def rouge_l(self) -> np.ndarray:
+        """ROUGE-L F-measure with stemming, float (rows,)."""
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(["rougeL"], use_stemmer=True)
+        return self._by_row(lambda a, r: scorer.score(r, a)["rougeL"].fmeasure)
+
+    def _by_row(self, judge: Callable[[str, str], float]) -> np.ndarray:
+        values = np.full(len(self.references), np.nan)
+        for row, answer in self.answers.items():
+            values[row] = judge(answer, self.references[row])
+        return values
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number over some rows of the evidence."""
+
+    summary: str
+    needs: Need
+    """What must have been computed: teacher-forced tokens, chosen classes, generated answers."""
+    compute: Callable[[Evidence, np.ndarray], float]
+    is_higher_better: bool = True
+
+
+def _mean(of: Callable[[Evidence], np.ndarray]) -> Callable[[Evidence, np.ndarray], float]:
+    return lambda evidence, rows: float(np.mean(of(evidence)[rows])) if len(rows) else math.nan
+
+
+def _loss(evidence: Evidence, rows: np.ndarray) -> float:
+    count = evidence.scores.count[rows].sum()
+    return float(evidence.scores.loss_sum[rows].sum() / count) if count else math.nan
+
+
+def _perplexity(evidence: Evidence, rows: np.ndarray) -> float:
+    loss = _loss(evidence, rows)
+    return math.exp(min(loss, 700.0))
+
+
+def _tokens(evidence: Evidence, rows: np.ndarray) -> float:
+    count = evidence.scores.count[rows].sum()
+    return float(evidence.scores.correct[rows].sum() / count) if count else math.nan
+
+
+def _class_accuracy(evidence: Evidence, rows: np.ndarray) -> float:
+    right, chosen = _classes(evidence, rows)
+    return float((right == chosen).mean()) if len(rows) else math.nan
+
+
+def _macro_f1(evidence: Evidence, rows: np.ndarray) -> float:
+    """Return the mean over the classes that occur of each one's F1."""
+    from sklearn.metrics import f1_score
+
+    right, chosen = _classes(evidence, rows)
+    if not len(rows):
+        return math.nan
+    return float(f1_score(right, chosen, labels=np.unique(right), average="macro", zero_division=0))
+
+
+def _classes(evidence: Evidence, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    assert evidence.classes is not None
+    assert evidence.chosen is not None
+    return evidence.classes[rows], evidence.chosen[rows]
+
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric("mean cross-entropy of held-out answers, nats a token", "tokens", _loss, False),
+    "perplexity": Metric("exp(loss)", "tokens", _perplexity, False),
+    "token_accuracy": Metric("answer tokens that are the likeliest next token", "tokens", _tokens),
+    "accuracy": Metric("rows whose class is right", "classes", _class_accuracy),
+    "macro_f1": Metric("F1 of each class, averaged (scikit-learn)", "classes", _macro_f1),
+    "final_number": Metric(
+        "answers whose last number is the reference's", "answers", _mean(lambda e: e.final_number)
+    ),
+    "exact_match": Metric(
+        "answers that are right as a whole; after '####', only that number counts",
+        "answers",
+        _mean(lambda e: e.exact),
+    ),
+    "token_f1": Metric("word overlap, as SQuAD counts it", "answers", _mean(lambda e: e.token_f1)),
+    "rouge_l": Metric(
+        "longest common subsequence, F-measure", "answers", _mean(lambda e: e.rouge_l)
+    ),
+}
+
+BY_TASK: Mapping[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1", "loss"),
+    "math": ("final_number", "loss", "perplexity", "token_accuracy"),
+    "qa": ("exact_match", "token_f1", "rouge_l", "loss", "token_accuracy"),
+    "chat": ("token_accuracy", "loss", "perplexity"),
+    "text": ("token_accuracy", "loss", "perplexity"),
+}
+"""What `evaluation.metrics: auto` takes; the first is the main metric."""
+
+
+def normalise(text: str) -> str:
+    """Return text as SQuAD compares it: lower case, no punctuation, articles or extra spaces."""
+    lowered = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", lowered).split())
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
+
+
+def final_number(text: str) -> float | None:
+    """Return the number after the last '####', else the last number in the text, if any.
+
+    >>> final_number("48 / 2 = 24, so 48 + 24 = 72. #### 1,072")
+    1072.0
+    """
+    marked = text.rsplit("####", 1)
+    found = _NUMBER.findall(marked[-1])
+    if not found:
+        return None
+    chosen = found[0] if len(marked) > 1 else found[-1]
+    return float(chosen.replace(",", "").rstrip("."))
+
+
+def _same_number(a: float | None, b: float | None) -> float:
+    return float(a is not None and b is not None and math.isclose(a, b, rel_tol=1e-6))
+
+
+def _is_same(answer: str, reference: str) -> float:
+    if "####" in reference:
+        return _same_number(final_number(answer), final_number(reference))
+    return float(normalise(answer) == normalise(reference))
+
+
+def _word_f1(answer: str, reference: str) -> float:
+    said, gold = normalise(answer).split(), normalise(reference).split()
+    if not said or not gold:
+        return float(said == gold)
+    common = sum((Counter(said) & Counter(gold)).values())
+    return 2 * common / (len(said) + len(gold))

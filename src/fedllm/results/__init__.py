@@ -1,0 +1,30 @@
+"""Run directories, checkpoints, exports, tables and plots.
+
+`fedllm.results.plots` is imported by those who draw: it brings matplotlib along.
+"""
+
+from fedllm.results.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fedllm.results.export import export_merged, export_peft, merge_into
+from fedllm.results.history import VIEWS, History, Series
+from fedllm.results.run_dir import RecordFile, RunDir
+from fedllm.results.storage import strict_json
+from fedllm.results.summary import MetricRow, Overview, overview, summary_rows
+
+__all__ = [
+    "VIEWS",
+    "History",
+    "MetricRow",
+    "Overview",
+    "RecordFile",
+    "RunDir",
+    "Series",
+    "export_merged",
+    "export_peft",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "merge_into",
+    "overview",
+    "save_checkpoint",
+    "strict_json",
+    "summary_rows",
+]

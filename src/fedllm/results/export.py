@@ -1,0 +1,156 @@
+"""What leaves a run: a folder PEFT loads, or a model with the training merged into its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedllm.adapters import Adapter, BaseDelta
+from fedllm.adapters.peft_format import TaskType, save_peft
+from fedllm.errors import ModelError, RunError
+from fedllm.results.storage import atomic_folder, explained
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def export_peft(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    base_model: str,
+    task_type: TaskType,
+    tokenizer: Any,
+    base: BaseDelta | None = None,
+    conv1d_modules: Collection[str] = (),
+    dropout: float = 0.0,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write adapter and tokenizer into a new folder; the arguments are those of `save_peft`.
+
+    Raises:
+        RunError: If the folder exists or cannot be written.
+    """
+    with _new_folder(folder) as temporary:
+        save_peft(
+            adapter,
+            temporary,
+            base_model=base_model,
+            task_type=task_type,
+            base=base,
+            conv1d_modules=conv1d_modules,
+            dropout=dropout,
+            metadata=metadata,
+        )
+        tokenizer.save_pretrained(temporary)
+
+
+def export_merged(
+    model: Any, tokenizer: Any, adapter: Adapter, folder: Path, *, base: BaseDelta | None = None
+) -> None:
+    """Write the model with everything merged into its weights, and its tokenizer.
+
+    Args:
+        model: A freshly loaded transformers model; its weights are changed.
+        tokenizer: The tokenizer of the model.
+        adapter: What was trained.
+        folder: Must not exist.
+        base: What was merged into the base weights during training.
+
+    Raises:
+        RunError: If the folder exists or cannot be written.
+        ModelError: If the model is quantised, or not the one the adapter belongs to.
+    """
+    with _new_folder(folder) as temporary:
+        merge_into(model, adapter, base)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def merge_into(model: Any, adapter: Adapter, base: BaseDelta | None = None) -> None:
+    """Add adapter and base delta to a model's weights, in fp32, and put the trained head in.
+
+    Args:
+        model: A freshly loaded transformers model. Each touched weight is replaced by a new one
+            of the same dtype; one that was tied to another no longer is.
+        adapter: Both factors of every module, and the tensors of a trained head, if any.
+        base: What was merged into the base weights during training.
+
+    Raises:
+        ModelError: If the model is quantised, or not the one the adapter belongs to.
+    """
+    base = base or BaseDelta()
+    for module in dict.fromkeys((*adapter.modules, *base.products, *base.dense)):
+        _add(model, module, _change(module, adapter, base))
+    parameters = dict(model.named_parameters())
+    for name in adapter.heads:
+        if name not in parameters:
+            raise ModelError(_stranger(model, name))
+        _check_shape(name, parameters[name], adapter[name])
+        parameters[name].data.copy_(adapter[name])
+
+
+def _add(model: Any, module: str, change: Tensor) -> None:
+    """Add an (out, in) matrix to the weight of a linear layer."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    layer = _layer(model, module)
+    weight = layer.weight
+    # GPT-2's Conv1D keeps its weight as (in, out)
+    change = change.T if isinstance(layer, Conv1D) else change
+    _check_shape(module, weight, change)
+    if layer is model.get_output_embeddings() and weight is model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+    merged = (weight.detach().float() + change.to(weight.device)).to(weight.dtype)
+    layer.weight = torch.nn.Parameter(merged, requires_grad=weight.requires_grad)
+
+
+def _change(module: str, adapter: Adapter, base: BaseDelta) -> Tensor:
+    """Return all that is added to a module's weight (out, in), in fp32."""
+    parts = [adapter.product(module).dense()] if module in adapter.modules else []
+    parts += [base.products[module].dense()] if module in base.products else []
+    parts += [base.dense[module]] if module in base.dense else []
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _layer(model: Any, module: str) -> nn.Linear:
+    """Return a linear layer whose weight can be added to."""
+    try:
+        layer: nn.Linear = model.get_submodule(module)
+    except AttributeError:
+        raise ModelError(_stranger(model, module)) from None
+    if not layer.weight.is_floating_point():
+        raise ModelError(
+            f"{module} is quantised, and a quantised weight cannot be added to. Load the model"
+            " with model.quantization=none to merge, or export the adapter instead"
+        )
+    return layer
+
+
+def _check_shape(name: str, weight: Tensor, change: Tensor) -> None:
+    if weight.shape != change.shape:
+        raise ModelError(
+            f"{name} has shape {tuple(weight.shape)} in the model but {tuple(change.shape)} in the"
+            " adapter. Give the base model that the run's config.yaml names"
+        )
+
+
+def _stranger(model: Any, name: str) -> str:
+    return (
+        f"{type(model).__name__} has no '{name}', which the adapter was trained on. Give the base"
+        " model that the run's config.yaml names"
+    )
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    if folder.exists():
+        raise RunError(f"{folder} exists and is not overwritten; choose another folder")
+    with explained(folder, "The run itself is untouched."), atomic_folder(folder) as temporary:
+        yield temporary

@@ -1,0 +1,107 @@
+"""The figures of a run as data, for whoever prints them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedllm.config import read, validate
+from fedllm.errors import ConfigError
+from fedllm.results.history import VIEWS, History, Series, is_better
+from fedllm.results.run_dir import CONFIG_FILE, RunDir
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of one view over the run."""
+
+    metric: str
+    view: str
+    """A name in `fedllm.results.history.VIEWS`."""
+    first: float
+    """Value at the first evaluation, normally before training."""
+    last: float
+    best: float
+    best_round: int
+    """The earliest round that reached the best value."""
+    is_main: bool
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a run was and what it took."""
+
+    name: str
+    algorithm: str
+    model: str
+    data: str
+    partition: str
+    seed: int
+    num_clients: int
+    cohort_size: int
+    rounds_done: int
+    rounds_planned: int
+    bytes_up: int
+    bytes_down: int
+    wall_s: float
+    """Seconds by the clock, over all records of timing.jsonl."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all planned rounds are done."""
+        return self.rounds_done >= self.rounds_planned
+
+
+def overview(run: RunDir) -> Overview:
+    """Return what a run was and what it took.
+
+    Raises:
+        ConfigError: If its configuration is not one of this version's.
+    """
+    source = run.path / CONFIG_FILE
+    config, problems = validate(read(source))
+    if config is None:
+        raise ConfigError(problems, str(source))
+    ledger = run.read("ledger")
+    return Overview(
+        name=run.path.name,
+        algorithm=config.algorithm.name,
+        model=config.model.path,
+        data=config.data.path,
+        partition=config.federation.partition.name,
+        seed=config.seed,
+        num_clients=config.federation.num_clients,
+        cohort_size=config.federation.cohort,
+        rounds_done=History.of(run).last_round,
+        rounds_planned=config.federation.rounds,
+        bytes_up=sum(entry["up_bytes"] for entry in ledger),
+        bytes_down=sum(entry["down_bytes"] for entry in ledger),
+        wall_s=sum(entry["wall_s"] for entry in run.read("timing")),
+    )
+
+
+def summary_rows(run: RunDir) -> list[MetricRow]:
+    """Return a row for each metric and view that was evaluated, the main metric first."""
+    history = History.of(run)
+    rows = []
+    for metric in history.metrics:
+        for view in VIEWS:
+            series = history.evaluated(view, metric)
+            if series:
+                rows.append(_row(metric, view, series, metric == history.main_metric))
+    return rows
+
+
+def _row(metric: str, view: str, series: Series, is_main: bool) -> MetricRow:
+    best_round, best = series.rounds[0], series.values[0]
+    for number, value in zip(series.rounds, series.values, strict=True):
+        if is_better(metric, value, best):
+            best_round, best = number, value
+    return MetricRow(
+        metric=metric,
+        view=view,
+        first=series.values[0],
+        last=series.values[-1],
+        best=best,
+        best_round=best_round,
+        is_main=is_main,
+    )
