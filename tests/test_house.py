@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -45,10 +45,10 @@ def module_name(path: Path) -> str:
     return ".".join(["fedllm", *path.relative_to(SOURCE).parts])
 
 
-def trees() -> Iterator[tuple[Path, ast.Module]]:
-    """Yield every file of the package with its syntax tree."""
-    for path in FILES:
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def trees() -> list[tuple[Path, ast.Module]]:
+    """Return every file of the package with its syntax tree."""
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in FILES]
 
 
 def dotted(node: ast.expr) -> str:
@@ -143,16 +143,15 @@ def test_every_algorithm_file_is_in_the_table() -> None:
 # randomness
 
 
-def draws_globally(call: ast.Call, tree: ast.Module) -> bool:
+def imported_modules(tree: ast.Module) -> set[str]:
+    """Return the names that `import` statements bind."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    return {alias.asname or alias.name for node in found for alias in node.names}
+
+
+def draws_globally(call: ast.Call, modules: set[str]) -> bool:
     """Tell whether a call uses a generator that the whole process shares."""
-    name = dotted(call.func)
-    head, _, tail = name.rpartition(".")
-    modules = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
+    head, _, tail = dotted(call.func).rpartition(".")
     if head in {"np.random", "numpy.random"}:
         return tail not in LOCAL_NUMPY
     if head == "random" and "random" in modules:
@@ -171,8 +170,9 @@ def test_no_global_generator_is_used() -> None:
     found = [
         f"{shown(path)}:{node.lineno} {dotted(node.func)}"
         for path, tree in trees()
+        for modules in [imported_modules(tree)]
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and draws_globally(node, tree)
+        if isinstance(node, ast.Call) and draws_globally(node, modules)
     ]
     assert found == []
 
@@ -207,9 +207,9 @@ def test_only_generators_are_imported_out_of_a_random_module() -> None:
     ],
 )
 def test_the_check_for_global_generators_tells_them_apart(line: str, is_global: bool) -> None:
-    tree = ast.parse(f"import random\n{line}")
+    tree = ast.parse(line)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    assert any(draws_globally(call, tree) for call in calls) == is_global
+    assert any(draws_globally(call, {"random"}) for call in calls) == is_global
 
 
 # what importing does
@@ -239,6 +239,7 @@ def test_checking_the_settings_of_every_algorithm_does_not_import_torch() -> Non
     assert done.returncode == 0, done.stderr or "an algorithm's file imports torch"
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported() -> None:
     found = pkgutil.walk_packages([str(SOURCE)], "fedllm.")
     names = [info.name for info in found if not info.name.endswith("__main__")]

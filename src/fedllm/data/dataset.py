@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,7 +46,7 @@ def load_dataset(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
-    kind: Kind,
+    kind: Kind | Callable[[Task], Kind],
     seed: int,
     template: str = "auto",
     partition: PartitionConfig | None = None,
@@ -57,7 +57,7 @@ def load_dataset(
         config: Where the data is and how to read it.
         tokenizer: Not modified.
         kind: A causal language model gets conversations, and the label as the answer; a
-            classification head gets the text alone.
+            classification head gets the text alone. A function decides by the task.
         seed: Decides which rows are held out and, with `max_train_rows`, used.
         template: `auto` (the tokenizer's own, else `plain`), a fallback's name or a file.
         partition: Its `by` names a column that rows must carry.
@@ -67,7 +67,8 @@ def load_dataset(
             a split is short enough.
     """
     rows = load_rows(config, seed, partition=partition)
-    writer = _Writer.for_task(config, tokenizer, rows.task, kind, template)
+    made = kind if isinstance(kind, str) else kind(rows.task)
+    writer = _Writer.for_task(config, tokenizer, rows.task, made, template)
     train, kept_train, short_train = _split(writer, rows, "training")
     test, kept_test, short_test = _split(writer, rows, "test")
     dropped = len(rows.train) + len(rows.test) - len(kept_train) - len(kept_test)

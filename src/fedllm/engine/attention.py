@@ -134,8 +134,9 @@ class PackedAttention(torch.autograd.Function):
 
 def _batch(tensor: Tensor, run: Run) -> Tensor:
     """View the tokens of a run, (1, heads, T, d), as a batch (count, heads, length, d)."""
-    part = tensor[0, :, run.start : run.start + run.count * run.length]
-    return part.unflatten(1, (run.count, run.length)).transpose(0, 1)
+    part = tensor[0, :, run.start : run.start + run.sequences * run.length]
+    heads, _, size = part.shape
+    return part.reshape(heads, run.sequences, run.length, size).transpose(0, 1)
 
 
 def _repeat(tensor: Tensor, groups: int) -> Tensor:
@@ -145,7 +146,10 @@ def _repeat(tensor: Tensor, groups: int) -> Tensor:
 
 def _fold(grad: Tensor, groups: int) -> Tensor:
     """Sum a gradient over the query heads that share a key or value head."""
-    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(dim=2)
+    if groups == 1:
+        return grad
+    count, heads, length, size = grad.shape
+    return grad.reshape(count, heads // groups, groups, length, size).sum(dim=2)
 
 
 def _weights(

@@ -130,7 +130,7 @@ class Forward:
             return False
         stream = np.random.default_rng(0)
         lengths = np.array([7, 4])
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
         probe = Sequences(
             tokens=stream.integers(0, vocabulary, size=11),
             lengths=lengths,

@@ -78,7 +78,7 @@ class _Batch:
         self.ids = torch.from_numpy(ids).to(device)
         self.mask = torch.from_numpy(visible.astype(np.int64)).to(device)
         self.lengths = torch.from_numpy(lengths.astype(np.int64)).to(device)
-        self.stops = torch.tensor(stop_ids(resident), device=device)
+        self.stops = torch.tensor(resident.stop_ids, device=device)
         self.cache = DynamicCache(config=resident.model.config)
 
     @torch.no_grad()
@@ -129,12 +129,3 @@ class _Batch:
         self.cache.batch_select_indices(index)
         self.mask, self.lengths = self.mask[index], self.lengths[index]
         return token[index]
-
-
-def stop_ids(resident: Resident) -> list[int]:
-    """Return the tokens that end a turn: the tokenizer's and the model's own."""
-    found = {resident.tokenizer.eos_token_id}
-    config = getattr(resident.model, "generation_config", None)
-    own = getattr(config, "eos_token_id", None)
-    found |= set(own) if isinstance(own, list) else {own}
-    return sorted(int(i) for i in found if i is not None)

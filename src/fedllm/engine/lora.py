@@ -111,19 +111,12 @@ class LoRALinear(nn.Module):
             return self.base(x)  # type: ignore[no-any-return]
         flat = x.reshape(-1, x.shape[-1])
         keep = self._dropout_mask(flat, active) if active.dropout else None
-        if isinstance(self.base, nn.Linear) and type(self.base) is nn.Linear:
-            weight, bias = self.base.weight, self.base.bias
-        elif type(self.base).__name__ == "Conv1D":
-            weight, bias = self.base.weight.T, self.base.bias
-        else:
-            y = _LowRankPath.apply(  # type: ignore[no-untyped-call]
-                flat, active.anchor, None, None, low_rank, delta, active.segments(len(flat)), keep
-            )
-            return self.base(x) + y.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
-        y = _LowRankPath.apply(  # type: ignore[no-untyped-call]
+        weight, bias = _plain_weight(self.base)
+        y: Tensor = _LowRankPath.apply(  # type: ignore[no-untyped-call]
             flat, active.anchor, weight, bias, low_rank, delta, active.segments(len(flat)), keep
         )
-        return y.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if weight is not None else self.base(x) + y
 
     def _dropout_mask(self, flat: Tensor, active: Active) -> Tensor:
         """Draw each sequence's mask from its own stream, so packing does not change it."""
@@ -137,6 +130,16 @@ class LoRALinear(nn.Module):
             keep[start : start + length].bernoulli_(1 - active.dropout, generator=stream)
             start += length
         return keep.div_(1 - active.dropout)
+
+
+def _plain_weight(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight (out, in) and bias of a layer whose product we may compute ourselves."""
+    found: Any = base
+    if type(base) is nn.Linear:
+        return found.weight, found.bias
+    if type(base).__name__ == "Conv1D":
+        return found.weight.T, found.bias
+    return None, None
 
 
 class _LowRankPath(torch.autograd.Function):

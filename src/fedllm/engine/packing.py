@@ -25,8 +25,10 @@ class Run(NamedTuple):
 
     start: int
     """First token of the first sequence."""
-    count: int
+    sequences: int
+    """How many there are."""
     length: int
+    """Tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Sequences:
     @property
     def starts(self) -> np.ndarray:
         """First token of each sequence, int (N,)."""
-        return np.cumsum(self.lengths) - self.lengths
+        return np.asarray(np.cumsum(self.lengths) - self.lengths)
 
 
 def segments(rows: np.ndarray, sizes: np.ndarray) -> list[Segment]:
@@ -71,7 +73,7 @@ def runs(lengths: np.ndarray) -> list[Run]:
 def positions(lengths: np.ndarray) -> np.ndarray:
     """Return 0, 1, ... restarting at each sequence, int (T,)."""
     starts = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    return np.asarray(np.arange(int(lengths.sum())) - np.repeat(starts, lengths))
 
 
 def predicted(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:

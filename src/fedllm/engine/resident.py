@@ -26,6 +26,7 @@ class Resident:
         dropout: Dropout of the low-rank path while training.
         tokens_per_pass: Most tokens in a pass, or `auto`.
         layout: `auto`, `packed` or `padded`.
+        stop_ids: Tokens that end an answer, besides those the model itself names.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Resident:
         dropout: float = 0.0,
         tokens_per_pass: int | str = "auto",
         layout: str = "auto",
+        stop_ids: Sequence[int] = (),
     ) -> None:
         model = loaded.model
+        self.stop_ids = sorted({*stop_ids, *_own_stop_ids(loaded)})
         self.kind = loaded.kind
         self.model = model
         self.tokenizer = loaded.tokenizer
@@ -60,7 +63,9 @@ class Resident:
         self.shapes = {}
         for index, name in enumerate(names):
             base = model.get_submodule(name)
-            columns, rows = linear_shape(base)
+            size = linear_shape(base)
+            assert size is not None
+            columns, rows = size
             self.shapes[name] = (rows, columns)
             _replace(model, name, LoRALinear(base, name, self.slot, index))
         for head in self.heads:
@@ -80,6 +85,12 @@ class Resident:
         """Return the adapter all clients start from: the model's outputs are unchanged."""
         return initial(self.shapes, rank, scaling, seed, self.head_start)
 
+    @property
+    def conv1d_modules(self) -> tuple[str, ...]:
+        """The target layers that store their weight as (in, out), as GPT-2's do."""
+        layers = ((n, self.model.get_submodule(n)) for n in self.shapes)
+        return tuple(n for n, m in layers if type(m.base).__name__ == "Conv1D")
+
     @contextmanager
     def using(self, active: Active) -> Iterator[None]:
         """Apply these adapters inside the block."""
@@ -88,6 +99,14 @@ class Resident:
             yield
         finally:
             self.slot.active = None
+
+
+def _own_stop_ids(loaded: LoadedModel) -> set[int]:
+    """Return the tokens that end a text, as tokenizer and model say."""
+    config = getattr(loaded.model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    found = [loaded.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return {int(token) for token in found if token is not None}
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Skills that must be worked out anew for each problem: sums, sequences, orders, small stories."""
+"""Skills that must be worked out anew for each problem: sums, sequences, lists, orders."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ WORDS = (
     *("boat", "key", "rain", "clock", "sand", "bell", "horse", "cloud", "spoon", "wall", "star"),
     *("milk", "chair", "snow", "shoe", "frog", "drum", "kite", "nest", "rope"),
 )
-PLACES = ("garden", "kitchen", "barn", "attic", "office", "park", "school", "cellar", "library")
-OBJECTS = ("ball", "lamp", "map", "drum", "key", "violin", "basket", "candle", "umbrella")
+ORDINALS = ("first", "second", "third", "last")
 
 
 def _arithmetic(random: Random) -> Item:
@@ -40,18 +39,10 @@ def _arithmetic(random: Random) -> Item:
     return Item(kind, fields, f"{one} {sign} {two} = {total}\n#### {total}")
 
 
-def _reading(random: Random) -> Item:
-    kind = random.choice(("place", "owner"))
-    people = random.sample(NAMES, 3)
-    asked = random.randrange(3)
-    if kind == "place":
-        places = random.sample(PLACES, 3)
-        pairs = zip(people, places, strict=True)
-        story = " ".join(f"{who} is in the {where}." for who, where in pairs)
-        return Item(kind, {"story": story, "asked": people[asked]}, places[asked])
-    things = random.sample(OBJECTS, 3)
-    story = " ".join(f"{who} has the {what}." for who, what in zip(people, things, strict=True))
-    return Item(kind, {"story": story, "asked": things[asked]}, people[asked])
+def _picking(random: Random) -> Item:
+    words = random.sample(WORDS, 4)
+    place = random.randrange(4)
+    return Item("word", {"words": " ".join(words), "place": ORDINALS[place]}, words[place])
 
 
 def _reversal(random: Random) -> Item:
@@ -101,19 +92,15 @@ CATEGORIES = (
         "problem",
     ),
     Category(
-        "reading",
-        _reading,
+        "picking",
+        _picking,
         {
-            "place": (
-                "{story} Where is {asked}?",
-                "{story} In which place do you find {asked}?",
-                "Where is {asked}? {story}",
-            ),
-            "owner": (
-                "{story} Who has the {asked}?",
-                "{story} Whose is the {asked}?",
-                "Who has the {asked}? {story}",
-            ),
+            "word": (
+                "What is the {place} word in this list: {words}?",
+                "Pick the {place} word: {words}",
+                "Which word stands {place} in {words}?",
+                "From the list {words}, choose the {place} word.",
+            )
         },
         "problem",
     ),

@@ -1,0 +1,64 @@
+"""A configuration checked as a whole, algorithm and metrics included, before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm import algorithms
+from fedllm.config import Config, apply_overrides, read, validate
+from fedllm.errors import ConfigError, unknown
+from fedllm.evaluation import METRICS
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration file.
+
+    Args:
+        path: A YAML file.
+        overrides: Words like `training.learning_rate=1e-3`.
+
+    Raises:
+        ConfigError: With every problem there is.
+    """
+    return check_config(read(path, overrides), str(path))
+
+
+def make_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Check a configuration that is given as a mapping; see `load_config`."""
+    return check_config(apply_overrides(tree, overrides))
+
+
+def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
+    """Return the checked configuration.
+
+    Raises:
+        ConfigError: With every problem there is.
+    """
+    config, problems = validate(tree)
+    problems += _algorithm_problems(tree)
+    metrics = _section(tree, "evaluation").get("metrics", "auto")
+    if isinstance(metrics, list):
+        strange = [name for name in metrics if name not in METRICS]
+        problems += [f"evaluation.metrics: {unknown('metric', str(n), METRICS)}" for n in strange]
+    if problems or config is None:
+        raise ConfigError(problems, source)
+    return config
+
+
+def _algorithm_problems(tree: Mapping[str, Any]) -> list[str]:
+    given = tree.get("algorithm", {})
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, Mapping):
+        return []
+    settings = {key: value for key, value in given.items() if key != "name"}
+    rank = _section(tree, "adapter").get("rank")
+    mixed = isinstance(rank, list) and len({str(r) for r in rank}) > 1
+    return algorithms.problems(str(given.get("name", "fedit")), settings, mixed_rank=mixed)
+
+
+def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = tree.get(name)
+    return section if isinstance(section, Mapping) else {}

@@ -1,0 +1,180 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedllm import algorithms
+from fedllm.config import Config
+from fedllm.data import Dataset, Partition, load_dataset, partition
+from fedllm.errors import DataError
+from fedllm.evaluation import Evaluator, Scope
+from fedllm.federation import BaseClient, BaseServer, Plan
+from fedllm.seeding import derive
+from fedllm.system import Ideal, RankRule
+
+if TYPE_CHECKING:
+    from fedllm.engine import CohortEngine
+    from fedllm.models import Kind, LoadedModel
+    from fedllm.simulation import Loop
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of."""
+
+    config: Config
+    dataset: Dataset
+    partition: Partition
+    loaded: LoadedModel
+    engine: CohortEngine
+    server: BaseServer
+    client: BaseClient
+    loop: Loop
+    evaluator: Evaluator
+
+    @property
+    def kind(self) -> Kind:
+        """What the model does."""
+        return self.loaded.kind
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name for that."""
+        return "CAUSAL_LM" if self.kind == "causal-lm" else "SEQ_CLS"
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """Which views are evaluated."""
+        has_own = self.server.is_personal or (self.server.head == "local" and self.loop_has_heads)
+        match self.config.evaluation.scope:
+            case "global" | "personal" as scope:
+                return (scope,)
+            case "both":
+                return ("global", "personal")
+            case "auto":
+                return ("global", "personal") if has_own else ("global",)
+
+    @property
+    def loop_has_heads(self) -> bool:
+        """Whether a head is trained in full."""
+        return bool(self.engine.resident.heads)
+
+
+def plan_of(config: Config) -> Plan:
+    """Return steps and learning rates."""
+    return Plan(config.training, config.federation.rounds)
+
+
+def ranks_of(config: Config) -> RankRule:
+    """Return which rank each client has."""
+    rank = config.adapter.rank
+    choices = tuple(rank) if isinstance(rank, list) else (rank,)
+    return RankRule(choices, config.seed)
+
+
+def scaling_of(config: Config) -> float:
+    """Return alpha / r at the largest rank, the scaling of every client."""
+    rank = config.adapter.max_rank
+    alpha = config.adapter.alpha if config.adapter.alpha is not None else 2.0 * rank
+    return float(alpha / (rank**0.5 if config.adapter.rslora else rank))
+
+
+def load_data(config: Config, tokenizer: object) -> tuple[Dataset, Partition]:
+    """Tokenise the data set once and divide it among clients."""
+    from fedllm.models import resolve_kind
+
+    dataset = load_dataset(
+        config.data,
+        tokenizer,  # type: ignore[arg-type]  # transformers' own base class fits the protocol
+        kind=lambda task: resolve_kind(config.model, task),
+        seed=config.seed,
+        template=config.model.chat_template,
+        partition=config.federation.partition,
+    )
+    federation = config.federation
+    shards = partition(federation.partition, dataset, federation.num_clients, config.seed)
+    return dataset, shards
+
+
+def build(config: Config, say: Say = lambda text: None) -> Parts:
+    """Load the model, tokenise the data and put a run together.
+
+    Args:
+        config: The checked configuration.
+        say: Told what is being done.
+
+    Raises:
+        DataError: If the data is wrong.
+        ModelError: If the model is wrong.
+        ConfigError: If they do not fit what is asked.
+    """
+    from fedllm.engine import CohortEngine, Resident
+    from fedllm.executors import InlineExecutor
+    from fedllm.models import load_model, load_tokenizer, resolve_kind
+    from fedllm.simulation import Loop, Population
+
+    say("reading the data")
+    dataset, shards = load_data(config, load_tokenizer(config.model))
+    say("loading the model")
+    loaded = load_model(
+        config.model,
+        kind=resolve_kind(config.model, dataset.task),
+        num_labels=len(dataset.label_names),
+        label_names=dataset.label_names,
+        seed=derive(config.seed, "head"),
+    )
+    _check_length(loaded, dataset)
+    resident = Resident(
+        loaded,
+        config.adapter.targets,
+        dropout=config.adapter.dropout,
+        tokens_per_pass=config.training.tokens_per_pass,
+        stop_ids=dataset.stop_ids,
+    )
+    plan = plan_of(config)
+    engine = CohortEngine(resident, dataset.train, shards, plan)
+    head = config.adapter.head
+    server, client = algorithms.make(config.algorithm.name, config.algorithm.settings, head)
+    start = resident.initial_adapter(
+        config.adapter.max_rank, scaling_of(config), derive(config.seed, "adapter")
+    )
+    server.start(start, ranks_of(config), head)
+    loop = Loop(
+        server=server,
+        client=client,
+        world=Ideal(),
+        executor=InlineExecutor(engine, client),
+        plan=plan,
+        population=Population(shards.train_sizes.tolist()),
+        cohort_size=config.federation.cohort,
+        seed=config.seed,
+    )
+    evaluator = Evaluator(
+        scorer=engine,
+        tokens=dataset.test,
+        partition=shards,
+        task=dataset.task,
+        kind=loaded.kind,
+        label_names=dataset.label_names,
+        config=config.evaluation,
+        seed=config.seed,
+    )
+    return Parts(config, dataset, shards, loaded, engine, server, client, loop, evaluator)
+
+
+def _check_length(loaded: LoadedModel, dataset: Dataset) -> None:
+    """Refuse rows longer than the positions the model has learned."""
+    from fedllm.models import position_limit
+
+    limit = position_limit(loaded.model)
+    longest = max(int(split.lengths.max()) for split in (dataset.train, dataset.test))
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"the longest row has {longest} tokens, but {loaded.source} knows {limit} positions."
+            f" Set data.max_length: {limit} (with data.overlong: drop or truncate)"
+        )

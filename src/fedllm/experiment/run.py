@@ -1,0 +1,271 @@
+"""A run from start, or from its last checkpoint, to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedllm.adapters.peft_format import save_peft
+from fedllm.config import Config, dump
+from fedllm.data import heterogeneity
+from fedllm.errors import RunError
+from fedllm.evaluation import Evaluation
+from fedllm.experiment.configure import load_config
+from fedllm.experiment.parts import Parts, build
+from fedllm.federation import Codec, Update
+from fedllm.results import RunDir, latest_checkpoint, load_checkpoint, save_checkpoint
+from fedllm.simulation import ClientState, Event, EventKind, Round
+
+CODEC = Codec(Event, EventKind, ClientState)
+"""The types a checkpoint may hold."""
+
+logger = logging.getLogger(__name__)
+
+
+class Watch(Protocol):
+    """Told how a run goes on; every method may do nothing."""
+
+    def say(self, text: str) -> None:
+        """Tell what is being done."""
+
+    def begin(self, parts: Parts, run: RunDir) -> None:
+        """Tell that everything is loaded."""
+
+    def step(self, cid: int, done: int, total: int) -> None:
+        """Tell a client's progress in local steps."""
+
+    def answered(self, count: int) -> None:
+        """Tell how many answers an evaluation has generated."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Tell a round's metrics, as they go to metrics.jsonl."""
+
+
+def run(config: Config, watch: Watch) -> RunDir:
+    """Carry out a new run.
+
+    Raises:
+        RunError: If the run directory exists.
+        FedLLMError: If something the user can mend is wrong.
+    """
+    if config.run_dir.exists():
+        RunDir.create(config.run_dir, "")  # says that it exists, before anything is loaded
+    parts = build(config, watch.say)
+    with RunDir.create(config.run_dir, dump(config)) as directory, _logging_to(directory):
+        groups = parts.dataset.train.groups
+        report = heterogeneity(parts.partition, groups).as_dict()
+        directory.write("heterogeneity.json", json.dumps(report, indent=2) + "\n")
+        _Session(parts, directory, watch).carry_on()
+        return directory
+
+
+def resume(path: Path, watch: Watch) -> RunDir:
+    """Continue a run from its last checkpoint, as if nothing had happened.
+
+    Raises:
+        RunError: If there is no run at `path`, or another process works on it.
+    """
+    directory = RunDir.open(path)
+    directory.lock()
+    config = load_config(path / "config.yaml")
+    with directory, _logging_to(directory):
+        parts = build(config, watch.say)
+        session = _Session(parts, directory, watch)
+        session.restore()
+        session.carry_on()
+        return directory
+
+
+def restored(path: Path, watch_say: Any = lambda text: None) -> tuple[Parts, RunDir]:
+    """Load a run at its last checkpoint, to evaluate or export it.
+
+    Raises:
+        RunError: If there is no run, or it has no checkpoint yet.
+    """
+    directory = RunDir.open(path)
+    checkpoint = latest_checkpoint(directory)
+    if checkpoint is None:
+        raise RunError(f"{path} has no checkpoint yet; finish it with: fedllm run --resume {path}")
+    parts = build(load_config(path / "config.yaml"), watch_say)
+    tree, tensors = load_checkpoint(checkpoint)
+    parts.loop.restore(CODEC.unpack(tree["loop"], tensors))
+    return parts, directory
+
+
+class _Session:
+    """One process's part of a run."""
+
+    def __init__(self, parts: Parts, directory: RunDir, watch: Watch) -> None:
+        self.parts, self.directory, self.watch = parts, directory, watch
+        self.totals = {"up": 0, "down": 0}
+        parts.loop.executor.progress = watch.step  # type: ignore[attr-defined]
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint; without one, to the very beginning."""
+        checkpoint = latest_checkpoint(self.directory)
+        if checkpoint is None:
+            self.directory.truncate(dict.fromkeys(self.directory.lengths(), 0))
+            return
+        tree, tensors = load_checkpoint(checkpoint)
+        self.parts.loop.restore(CODEC.unpack(tree["loop"], tensors))
+        self.totals = dict(tree["totals"])
+        self.directory.truncate(tree["lengths"])
+        logger.info("resumed after round %d", self.parts.server.version)
+
+    def carry_on(self) -> None:
+        """Do what is left of the run."""
+        parts, rounds = self.parts, self.parts.config.federation.rounds
+        self.watch.begin(parts, self.directory)
+        if parts.server.version == 0:
+            self.directory.truncate(dict.fromkeys(self.directory.lengths(), 0))
+            if parts.config.evaluation.every:
+                self._record({"round": 0, "virtual_time_s": 0.0}, self._evaluate(0), {})
+        for made in parts.loop.run(rounds):
+            self._finish(made)
+        self._draw()
+
+    def _finish(self, made: Round) -> None:
+        """Evaluate, record and save one round."""
+        for row in made.ledger:
+            self.totals["up"] += row["up_bytes"]
+            self.totals["down"] += row["down_bytes"]
+        evaluation = self._evaluate(made.number) if self._is_due(made.number) else None
+        record = {
+            "round": made.number,
+            "virtual_time_s": made.time_s,
+            "train": _training(made.updates),
+            "bytes": {
+                "up": sum(row["up_bytes"] for row in made.ledger),
+                "down": sum(row["down_bytes"] for row in made.ledger),
+                "up_total": self.totals["up"],
+                "down_total": self.totals["down"],
+            },
+        }
+        self.directory.append("events", made.events)
+        self.directory.append("ledger", made.ledger)
+        self._record(record, evaluation, made.wall_s)
+        every, rounds = self.parts.config.checkpoint.every, self.parts.config.federation.rounds
+        if made.number % every == 0 or made.number == rounds:
+            self._save(made.number, is_last=made.number == rounds)
+
+    def _is_due(self, number: int) -> bool:
+        every = self.parts.config.evaluation.every
+        return number == self.parts.config.federation.rounds or bool(every and number % every == 0)
+
+    def _evaluate(self, number: int) -> Evaluation:
+        parts = self.parts
+        is_last = number == parts.config.federation.rounds
+        begin = time.perf_counter()
+        found = parts.evaluator.evaluate(
+            parts.server,
+            parts.loop.store,
+            parts.scopes,
+            sample=not is_last,
+            progress=self.watch.answered,
+        )
+        self._evaluation_s = time.perf_counter() - begin
+        if is_last and found.predictions:
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in found.predictions)
+            self.directory.write(f"predictions/{number}.jsonl", "".join(lines))
+        return found
+
+    def _record(
+        self, record: dict[str, Any], evaluation: Evaluation | None, wall_s: Mapping[str, float]
+    ) -> None:
+        record["main_metric"] = self.parts.evaluator.names[0]
+        took = dict(wall_s)
+        if evaluation is not None:
+            record["eval"] = evaluation.record
+            took["evaluate"] = self._evaluation_s
+        self.directory.append("metrics", [record])
+        tokens = record.get("train", {}).get("tokens", 0)
+        timing = {"round": record["round"], "wall_s": sum(took.values()), **took}
+        if took.get("train"):
+            timing["tokens_per_s"] = tokens / took["train"]
+        self.directory.append("timing", [timing])
+        self.watch.record(record)
+
+    def _save(self, version: int, *, is_last: bool) -> None:
+        """Save everything the run needs to go on, and the adapters for everybody else."""
+        parts = self.parts
+        packed, tensors = CODEC.pack(parts.loop.state())
+        tree = {"loop": packed, "totals": self.totals, "lengths": self.directory.lengths()}
+
+        def write(folder: Path) -> None:
+            write_adapter(parts, folder / "adapter")
+            if is_last:
+                for cid in parts.loop.store.clients():
+                    write_adapter(parts, folder / "clients" / str(cid) / "adapter", cid)
+
+        keep = parts.config.checkpoint.keep
+        save_checkpoint(self.directory, version, tree, tensors, keep=keep, write=write)
+
+    def _draw(self) -> None:
+        from fedllm.results.plots import plot_run
+
+        self.watch.say("drawing")
+        plot_run(self.directory)
+
+
+def write_adapter(parts: Parts, folder: Path, cid: int | None = None) -> None:
+    """Write the global view, or a client's, in PEFT's layout."""
+    payload = parts.server.view(cid)
+    kept = parts.loop.store.get(cid) if cid is not None else {}
+    save_peft(payload.adapter.overlaid(kept), folder, base=payload.base, **peft_words(parts, cid))
+
+
+def peft_words(parts: Parts, cid: int | None = None) -> dict[str, Any]:
+    """Return what an exported adapter says of itself."""
+    return {
+        "base_model": parts.loaded.source,
+        "task_type": parts.task_type,
+        "conv1d_modules": parts.engine.resident.conv1d_modules,
+        "dropout": parts.config.adapter.dropout,
+        "metadata": {
+            "algorithm": parts.config.algorithm.name,
+            "version": str(parts.server.version),
+            "client": "global" if cid is None else str(cid),
+            "base_hash": parts.loaded.base_hash,
+        },
+    }
+
+
+def _training(updates: list[Update] | Any) -> dict[str, Any]:
+    """Return what the cohort's local training found."""
+    clients = [
+        {
+            "client": u.cid,
+            "loss": u.metrics.get("loss", math.nan),
+            "steps": u.num_steps,
+            "samples": u.num_samples,
+        }
+        for u in updates
+    ]
+    weights = [u.num_samples for u in updates]
+    losses = [c["loss"] * w for c, w in zip(clients, weights, strict=True)]
+    return {
+        "loss": sum(losses) / max(sum(weights), 1),
+        "tokens": sum(u.metrics.get("tokens", 0.0) for u in updates),
+        "clients": clients,
+    }
+
+
+@contextlib.contextmanager
+def _logging_to(directory: RunDir) -> Iterator[None]:
+    """Write the package's log into the run directory."""
+    handler = logging.FileHandler(directory.path / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    package = logging.getLogger("fedllm")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
