@@ -15,6 +15,7 @@ from conformance.factors import (
     cohorts,
     dense,
     dense_sum,
+    mean_of,
     quick,
     same,
     scalings,
@@ -53,7 +54,7 @@ def test_truncation_keeps_the_leading_components(seed: int, rank: int, cut: int)
 
 def test_the_mean_of_padded_factors_is_not_the_mean_of_products() -> None:
     parts = [(0.5, algebra.pad(adapter(1, 2), 4)), (0.5, algebra.pad(adapter(2, 4), 4))]
-    mixed = Adapter(algebra.mean(parts), parts[0][1].scaling)
+    mixed = Adapter(mean_of(parts), parts[0][1].scaling)
     gap = dense(mixed, "q") - dense_sum(parts, "q")
     assert float(gap.norm()) > 1e-2 * float(dense_sum(parts, "q").norm())
 
@@ -68,7 +69,7 @@ def test_the_mean_is_the_weighted_mean_of_every_tensor(parts: Parts) -> None:
     wanted = {
         n: torch.stack([a[n] * (w / total) for w, a in parts]).sum(dim=0) for n in parts[0][1]
     }
-    assert same(algebra.mean(parts), wanted)
+    assert same(mean_of(parts), wanted)
 
 
 @quick
@@ -76,7 +77,7 @@ def test_the_mean_is_the_weighted_mean_of_every_tensor(parts: Parts) -> None:
 def test_the_mean_does_not_depend_on_order(parts: Parts, shuffle: Random) -> None:
     shuffled = list(parts)
     shuffle.shuffle(shuffled)
-    assert same(algebra.mean(shuffled), algebra.mean(parts))
+    assert same(mean_of(shuffled), mean_of(parts))
 
 
 @quick
@@ -85,13 +86,13 @@ def test_the_mean_of_identical_adapters_is_that_adapter(
     seed: int, rank: int, shares: list[float]
 ) -> None:
     own = adapter(seed, rank)
-    assert same(algebra.mean([(w, own) for w in shares]), own.tensors)
+    assert same(mean_of([(w, own) for w in shares]), own.tensors)
 
 
 @quick
 @given(cohorts(scaling=st.just(2.0)))
 def test_each_component_is_averaged_over_those_that_own_it(parts: Parts) -> None:
-    mean = algebra.mean(parts)
+    mean = mean_of(parts)
     for module in SHAPES:
         assert mean[name_a(module)].shape[0] == max(a.rank for _, a in parts)
         for j in range(max(a.rank for _, a in parts)):
@@ -106,7 +107,7 @@ def test_each_component_is_averaged_over_those_that_own_it(parts: Parts) -> None
 def test_a_tensor_is_averaged_over_those_that_sent_it() -> None:
     one, two, three = (adapter(k, 3) for k in range(3))
     half = two.select(lambda name: name == name_a("q"))
-    mean = algebra.mean([(1.0, half), (1.0, one), (3.0, three)])
+    mean = mean_of([(1.0, half), (1.0, one), (3.0, three)])
     assert close(
         mean[name_a("q")], (one[name_a("q")] + two[name_a("q")] + 3 * three[name_a("q")]) / 5
     )
@@ -125,16 +126,16 @@ def test_canonical_units_keep_the_product_of_equal_clients(
         c = (scaling / reference) ** 0.5
         tensors = {n: t if n == HEAD else t / c for n, t in own.tensors.items()}
         units.append(Adapter(tensors, dict.fromkeys(SHAPES, scaling)))
-    mean = Adapter(algebra.mean([(1.0, u) for u in units]), own.scaling)
+    mean = Adapter(mean_of([(1.0, u) for u in units]), own.scaling)
     assert all(close(dense(mean, m), dense(own, m)) for m in SHAPES)
 
 
 def test_the_mean_writes_to_no_participant() -> None:
     parts = [(1.0, adapter(1, 2)), (2.0, adapter(2, 4)), (3.0, adapter(3, 4))]
     before = [a.digest() for _, a in parts]
-    algebra.mean(parts)
-    algebra.mean(parts[1:])
-    algebra.mean(parts[:1])
+    mean_of(parts)
+    mean_of(parts[1:])
+    mean_of(parts[:1])
     assert [a.digest() for _, a in parts] == before
 
 
@@ -144,7 +145,7 @@ def test_the_server_as_a_participant_mixes_as_a_buffer_does(shares: list[float],
     now = adapter(seed, 3)
     clients = [adapter(seed + 1 + k, 3) for k in range(len(shares))]
     left = 1.0 - sum(shares)  # negative where the server's rate exceeds 1
-    mean = algebra.mean([(left, now), *zip(shares, clients, strict=True)])
+    mean = mean_of([(left, now), *zip(shares, clients, strict=True)])
     for name in now:
         steps = [w * (c[name] - now[name]) for w, c in zip(shares, clients, strict=True)]
         assert close(mean[name], now[name] + torch.stack(steps).sum(dim=0), 1e-8)
@@ -159,13 +160,13 @@ def test_the_mean_of_factors_is_exact_where_one_factor_is_common() -> None:
         (w, own.overlaid({name_b(m): adapter(k, 3)[name_b(m)] for m in SHAPES}))
         for k, w in enumerate((0.1, 0.3, 0.6), start=1)
     ]
-    mean = Adapter(algebra.mean(frozen), own.scaling)
+    mean = Adapter(mean_of(frozen), own.scaling)
     assert all(close(dense(mean, m), dense_sum(frozen, m)) for m in SHAPES)
 
 
 def test_the_mean_of_factors_misses_the_mean_of_products_by_the_known_residual() -> None:
     parts = [(w, adapter(k, 3)) for k, w in enumerate((0.1, 0.3, 0.6))]
-    mean = Adapter(algebra.mean(parts), parts[0][1].scaling)
+    mean = Adapter(mean_of(parts), parts[0][1].scaling)
     for module in SHAPES:
         a, b = name_a(module), name_b(module)
         residual = torch.stack([w * (x[b] - mean[b]) @ (x[a] - mean[a]) for w, x in parts]).sum(

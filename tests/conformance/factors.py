@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.adapters import Adapter, name_a, name_b
+from fedllm.adapters import Adapter, algebra, name_a, name_b
 
 SHAPES = {"q": (20, 14), "v": (14, 20)}
 HEAD = "score.weight"
@@ -73,3 +73,14 @@ def cohorts(
     ranks = st.integers(1, 6) if ranks is None else ranks
     members = draw(st.lists(st.tuples(weight, ranks, scaling, seeds), min_size=1, max_size=5))
     return [(w, adapter(seed + 31 * i, r, s)) for i, (w, r, s, seed) in enumerate(members)]
+
+
+def mean_of(parts: Parts) -> dict[str, Tensor]:
+    """The mean onto zeros of the largest shapes, in the first participant's scaling."""
+    largest = max(own.rank for _, own in parts)
+    zeros = {
+        name: torch.zeros_like(tensor)
+        for _, own in parts
+        for name, tensor in algebra.pad(own, largest).tensors.items()
+    }
+    return algebra.mean(parts, Adapter(zeros, parts[0][1].scaling))

@@ -99,7 +99,7 @@ class Adapter:
         for name in sorted(self.tensors):
             tensor = self.tensors[name].detach().cpu().contiguous()
             sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            sha.update(tensor.view(torch.uint8).numpy().tobytes())
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         for module in sorted(self.scaling):
             sha.update(f"{module}{self.scaling[module]!r}".encode())
         return sha.hexdigest()

@@ -33,16 +33,34 @@ def normalised(parts: Weighted) -> list[tuple[float, Adapter]]:
 def stack(parts: Weighted) -> dict[str, Product]:
     """Return sum_k w_k s_k B_k A_k of every module, exactly, as one product of rank sum_k r_k.
 
-    Weights and scalings go into A, so unequal ranks and scalings need no care (FLoRA, eq. 4).
+    Weights and scalings go into A, so unequal ranks and scalings need no care (FLoRA, eq. 4). A
+    participant that lacks a module adds nothing to it.
     """
     products = {}
-    for module in parts[0][1].modules:
-        b = torch.cat([adapter[name_b(module)] for _, adapter in parts], dim=1)
-        a = torch.cat(
-            [adapter[name_a(module)] * (w * adapter.scaling[module]) for w, adapter in parts]
-        )
-        products[module] = Product(b, a)
+    for module, owners in _owners(parts).items():
+        b = torch.cat([adapter[name_b(module)] for _, adapter in owners], dim=1)
+        a = [adapter[name_a(module)] * (w * adapter.scaling[module]) for w, adapter in owners]
+        products[module] = Product(b, torch.cat(a))
     return products
+
+
+def mean_products(parts: Weighted) -> dict[str, Product]:
+    """Return the stack with weights that sum to 1 for each module over those that sent it."""
+    products: dict[str, Product] = {}
+    for module, owners in _owners(parts).items():
+        names = (name_a(module), name_b(module))
+        own = [(w, adapter.select(names.__contains__)) for w, adapter in owners]
+        products |= stack(normalised(own))
+    return products
+
+
+def _owners(parts: Weighted) -> dict[str, list[tuple[float, Adapter]]]:
+    """Return the participants that sent each module."""
+    owners: dict[str, list[tuple[float, Adapter]]] = {}
+    for weight, adapter in parts:
+        for module in adapter.modules:
+            owners.setdefault(module, []).append((weight, adapter))
+    return owners
 
 
 def pad(adapter: Adapter, rank: int) -> Adapter:
@@ -62,43 +80,46 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
     tensors = {}
     for name, tensor in adapter.tensors.items():
         if is_a(name):
-            tensor = tensor[:rank]
+            tensor = tensor[:rank].clone()
         elif is_b(name):
-            tensor = tensor[:, :rank]
+            tensor = tensor[:, :rank].clone(memory_format=torch.contiguous_format)
         tensors[name] = tensor
     return replace(adapter, tensors=tensors)
 
 
-def mean(parts: Weighted) -> dict[str, Tensor]:
+def mean(parts: Weighted, onto: Adapter) -> dict[str, Tensor]:
     """Return the weighted mean of each tensor over the participants that sent it.
 
     Weights are normalised for each tensor, and for unequal ranks for each rank component, over
-    those that own it. Factors are lossy to average: the mean of products is not the product of
-    means. Unequal scalings are first brought to the first participant's by sqrt(s_k / s) on both
-    factors, which leaves every product as it is.
+    those that own it; a component that nobody sent stays as it is in `onto`. Factors are lossy to
+    average: the mean of products is not the product of means. Scalings that differ from `onto`'s
+    are first brought to it by sqrt(s_k / s) on both factors, which leaves every product as it is.
+
+    Args:
+        parts: Weights and adapters.
+        onto: Has the shapes and scalings of the result; not modified.
     """
     names = dict.fromkeys(name for _, adapter in parts for name in adapter)
-    return {name: _mean_tensor(name, parts) for name in names}
+    return {name: _mean_tensor(name, parts, onto) for name in names}
 
 
-def _mean_tensor(name: str, parts: Weighted) -> Tensor:
+def _mean_tensor(name: str, parts: Weighted, onto: Adapter) -> Tensor:
     owners = [(weight, adapter) for weight, adapter in parts if name in adapter]
-    tensors = [_canonical(name, adapter, owners[0][1]) for _, adapter in owners]
+    tensors = [_canonical(name, adapter, onto) for _, adapter in owners]
     weights = [weight for weight, _ in owners]
-    if is_head(name) or len({t.shape for t in tensors}) == 1:
+    target = onto[name]
+    if all(tensor.shape == target.shape for tensor in tensors):
         total = sum(weights)
-        result = torch.zeros_like(tensors[0])
+        result = torch.zeros_like(target)
         for weight, tensor in zip(weights, tensors, strict=True):
             result = result + tensor * (weight / total)
         return result
     side = 0 if is_a(name) else 1
-    shape = list(tensors[0].shape)
-    shape[side] = max(t.shape[side] for t in tensors)
-    total_tensor, owned = tensors[0].new_zeros(shape), tensors[0].new_zeros(shape)
+    summed, owned = torch.zeros_like(target), torch.zeros_like(target)
     for weight, tensor in zip(weights, tensors, strict=True):
-        total_tensor.narrow(side, 0, tensor.shape[side]).add_(tensor, alpha=weight)
+        summed.narrow(side, 0, tensor.shape[side]).add_(tensor, alpha=weight)
         owned.narrow(side, 0, tensor.shape[side]).add_(weight)
-    return total_tensor / owned
+    return torch.where(owned == 0, target, summed / owned)
 
 
 def _canonical(name: str, adapter: Adapter, reference: Adapter) -> Tensor:
@@ -115,15 +136,28 @@ def refactor(
     """Return factors of the best rank-`rank` approximation of every product (lossy beyond it).
 
     B = U_q S_q / s and A = V_q^T, the split of FlexLoRA's released code, so that s B A is the
-    truncated SVD. Below the rank of the product the rest is lost (Eckart-Young); above it the
-    factors are zero-padded.
+    truncated SVD. Below the rank of the product the rest is lost (Eckart-Young); above it A gets
+    more orthonormal rows and B zeros.
     """
     tensors = {}
     for module, product in products.items():
         u, s, vh = svd(product, rank)
-        tensors[name_a(module)] = _fit(vh, rank, 0)
-        tensors[name_b(module)] = _fit(u * (s / scaling[module]), rank, 1)
+        b = u * (s / scaling[module])
+        a = _completed(vh, rank)
+        tensors[name_a(module)] = _fit(a, rank, 0).clone(memory_format=torch.contiguous_format)
+        tensors[name_b(module)] = _fit(b, rank, 1).clone(memory_format=torch.contiguous_format)
     return tensors
+
+
+def _completed(rows: Tensor, rank: int) -> Tensor:
+    """Add orthonormal rows up to `rank`: with A and B both zero a component could never learn."""
+    count, columns = rows.shape
+    wanted = min(rank, columns)
+    if count >= wanted:
+        return rows
+    spare = torch.eye(wanted, columns, dtype=rows.dtype, device=rows.device)
+    basis = torch.linalg.qr(torch.cat([rows, spare]).T).Q.T
+    return torch.cat([rows, basis[count:wanted]])
 
 
 def svd(product: Product, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,9 +28,10 @@ class Server(BaseServer):
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Factor the weighted sum of products at the largest rank; average heads."""
-        products = algebra.stack(algebra.normalised(weighted(parts)))
+        products = algebra.mean_products(weighted(parts))
         factors = algebra.refactor(products, self.ranks.largest, self.adapter.scaling)
-        heads = algebra.mean([(w, a.select(is_head)) for w, a in weighted(parts)])
+        sent = [(w, a.select(is_head)) for w, a in weighted(parts)]
+        heads = algebra.mean(sent, self.adapter)
         self.adapter = self.adapter.overlaid({**factors, **heads})
 
 

@@ -31,8 +31,9 @@ class Server(BaseServer):
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Merge the stacked products into the base; average heads."""
-        self.merge(algebra.stack(algebra.normalised(weighted(parts))))
-        heads = algebra.mean([(w, a.select(is_head)) for w, a in weighted(parts)])
+        self.merge(algebra.mean_products(weighted(parts)))
+        sent = [(w, a.select(is_head)) for w, a in weighted(parts)]
+        heads = algebra.mean(sent, self.adapter)
         self.adapter = self.adapter.overlaid(heads)
 
 

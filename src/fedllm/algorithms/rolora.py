@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from fedllm.adapters import is_a, is_b
 from fedllm.federation import BaseClient, BaseServer, ClientId, Job, MixedRank
@@ -24,7 +26,7 @@ class Server(BaseServer):
     """Says which half the round trains, and sends the halves a client does not hold."""
 
     mixed_rank: ClassVar[MixedRank] = "padded"
-    flip_every: int = 1
+    flip_every: Annotated[int, Field(ge=1)] = 1
     """Server updates between changes of the half: 1 in sync, about a cohort in async."""
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:

@@ -95,7 +95,7 @@ class BaseServer:
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Make the next global state from one or more weighted updates."""
-        self.adapter = self.adapter.overlaid(algebra.mean(weighted(parts)))
+        self.adapter = self.adapter.overlaid(algebra.mean(weighted(parts), self.adapter))
 
     def merge(self, increment: Mapping[str, Product]) -> None:
         """Add a low-rank increment to the base weights; the only way they ever change."""
@@ -115,7 +115,8 @@ class BaseServer:
 
         A client's view is what the server knows of it; its private tensors are laid over that.
         """
-        return Payload(self.version, self.adapter, base=self.base)
+        adapter = self.adapter if cid is None else self.download(cid).adapter
+        return Payload(self.version, adapter, base=self.base)
 
 
 class BaseClient:
