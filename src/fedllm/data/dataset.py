@@ -56,19 +56,18 @@ def load_dataset(
     Args:
         config: Where the data is and how to read it.
         tokenizer: Not modified.
-        kind: A causal language model gets conversations, and the label as the answer; a
-            classification head gets the text alone. A function decides by the task.
+        kind: A causal language model gets conversations (the label as the answer), a
+            classification head the text alone. A function decides by the task.
         seed: Decides which rows are held out and, with `max_train_rows`, used.
         template: `auto` (the tokenizer's own, else `plain`), a fallback's name or a file.
         partition: Its `by` names a column that rows must carry.
 
     Raises:
-        DataError: If the data cannot be read, fits neither configuration nor model, or no row of
-            a split is short enough.
+        DataError: If the data cannot be read, does not fit, or no row is short enough.
     """
     rows = load_rows(config, seed, partition=partition)
-    made = kind if isinstance(kind, str) else kind(rows.task)
-    writer = _Writer.for_task(config, tokenizer, rows.task, made, template)
+    kind = kind if isinstance(kind, str) else kind(rows.task)
+    writer = _Writer.for_task(config, tokenizer, rows.task, kind, template)
     train, kept_train, short_train = _split(writer, rows, "training")
     test, kept_test, short_test = _split(writer, rows, "test")
     dropped = len(rows.train) + len(rows.test) - len(kept_train) - len(kept_test)

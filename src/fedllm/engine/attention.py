@@ -55,14 +55,13 @@ def packed_attention(
         packed_runs: Where the sequences are.
         scaling: Factor on the scores; default 1 / sqrt(head_dim).
         is_causal: Whether a token sees only itself and earlier ones.
-        **rules: `sliding_window` (tokens) and `softcap` are honoured; what changes attention in
-            another way is refused, and the model then falls back to padded batches.
+        **rules: `sliding_window` (tokens) and `softcap` are honoured, others refused.
 
     Returns:
         Output (1, T, heads, head_dim), and no weights.
 
     Raises:
-        NotImplementedError: If the model needs a rule this function does not know.
+        NotImplementedError: If the model needs another rule; it then gets padded batches.
     """
     for name in ("position_bias", "s_aux", "cache"):
         if rules.get(name) is not None:

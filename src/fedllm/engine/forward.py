@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedllm.engine import attention
-from fedllm.engine.lora import Slot
 from fedllm.engine.objectives import PassOutput, cross_entropy
 from fedllm.engine.packing import Sequences, padded, positions, predicted, runs
 
@@ -25,7 +24,6 @@ class Forward:
         kind: `causal-lm` or `sequence-classification`.
         head: Dotted name of the classification head, if there is one.
         pad_id: Token id that fills padded batches.
-        slot: The adapters' slot; passes without adapters need none active.
         layout: `packed`, `padded`, or `auto`: packed if that gives the same outputs on a probe.
     """
 
@@ -35,14 +33,12 @@ class Forward:
         kind: str,
         head: str | None,
         pad_id: int,
-        slot: Slot,
         layout: str = "auto",
     ) -> None:
         self.model = model
         self.kind = kind
         self.head = head
         self.pad_id = pad_id
-        self.slot = slot
         self.device = model.device
         self.offset = _position_offset(model)
         accepted = inspect.signature(model.forward).parameters

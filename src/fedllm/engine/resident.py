@@ -59,22 +59,24 @@ class Resident:
             for head in self.heads
             for name, parameter in model.get_submodule(head).named_parameters()
         }
-        names = target_modules(model, targets)
-        self.shapes = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self._wrap(target_modules(model, targets))
+        pad_id = int(self.tokenizer.pad_token_id or 0)
+        head = self.heads[0] if self.heads else None
+        self.forward = Forward(model, loaded.kind, head, pad_id, layout)
+
+    def _wrap(self, names: Sequence[str]) -> None:
+        """Put the adapter layers in place of the target layers, heads and normalisations."""
         for index, name in enumerate(names):
-            base = model.get_submodule(name)
+            base = self.model.get_submodule(name)
             size = linear_shape(base)
             assert size is not None
             columns, rows = size
             self.shapes[name] = (rows, columns)
-            _replace(model, name, LoRALinear(base, name, self.slot, index))
+            _replace(self.model, name, LoRALinear(base, name, self.slot, index))
         for head in self.heads:
-            _replace(model, head, ClientHead(model.get_submodule(head), head, self.slot))
-        replace_rms_norms(model)
-        pad = self.tokenizer.pad_token_id or 0
-        self.forward = Forward(
-            model, loaded.kind, self.heads[0] if self.heads else None, int(pad), self.slot, layout
-        )
+            _replace(self.model, head, ClientHead(self.model.get_submodule(head), head, self.slot))
+        replace_rms_norms(self.model)
 
     @property
     def is_packed(self) -> bool:

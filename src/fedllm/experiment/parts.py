@@ -11,7 +11,7 @@ from fedllm.config import Config
 from fedllm.data import Dataset, Partition, load_dataset, partition
 from fedllm.errors import DataError
 from fedllm.evaluation import Evaluator, Scope
-from fedllm.federation import BaseClient, BaseServer, Plan
+from fedllm.federation import BaseClient, BaseServer, Plan, Scorer
 from fedllm.seeding import derive
 from fedllm.system import Ideal, RankRule
 
@@ -50,7 +50,8 @@ class Parts:
     @property
     def scopes(self) -> tuple[Scope, ...]:
         """Which views are evaluated."""
-        has_own = self.server.is_personal or (self.server.head == "local" and self.loop_has_heads)
+        has_head = bool(self.engine.resident.heads)
+        has_own = self.server.is_personal or (self.server.head == "local" and has_head)
         match self.config.evaluation.scope:
             case "global" | "personal" as scope:
                 return (scope,)
@@ -58,11 +59,6 @@ class Parts:
                 return ("global", "personal")
             case "auto":
                 return ("global", "personal") if has_own else ("global",)
-
-    @property
-    def loop_has_heads(self) -> bool:
-        """Whether a head is trained in full."""
-        return bool(self.engine.resident.heads)
 
 
 def plan_of(config: Config) -> Plan:
@@ -113,14 +109,22 @@ def build(config: Config, say: Say = lambda text: None) -> Parts:
         ModelError: If the model is wrong.
         ConfigError: If they do not fit what is asked.
     """
-    from fedllm.engine import CohortEngine, Resident
-    from fedllm.executors import InlineExecutor
-    from fedllm.models import load_model, load_tokenizer, resolve_kind
-    from fedllm.simulation import Loop, Population
+    from fedllm.models import load_tokenizer
 
     say("reading the data")
     dataset, shards = load_data(config, load_tokenizer(config.model))
     say("loading the model")
+    loaded = _load_model(config, dataset)
+    engine = _engine(config, dataset, shards, loaded)
+    evaluator = _evaluator(config, dataset, shards, loaded.kind, engine)
+    server, client = _algorithm(config, engine)
+    loop = _loop(config, shards, engine, server, client)
+    return Parts(config, dataset, shards, loaded, engine, server, client, loop, evaluator)
+
+
+def _load_model(config: Config, dataset: Dataset) -> LoadedModel:
+    from fedllm.models import load_model, resolve_kind
+
     loaded = load_model(
         config.model,
         kind=resolve_kind(config.model, dataset.task),
@@ -129,6 +133,14 @@ def build(config: Config, say: Say = lambda text: None) -> Parts:
         seed=derive(config.seed, "head"),
     )
     _check_length(loaded, dataset)
+    return loaded
+
+
+def _engine(
+    config: Config, dataset: Dataset, shards: Partition, loaded: LoadedModel
+) -> CohortEngine:
+    from fedllm.engine import CohortEngine, Resident
+
     resident = Resident(
         loaded,
         config.adapter.targets,
@@ -136,35 +148,55 @@ def build(config: Config, say: Say = lambda text: None) -> Parts:
         tokens_per_pass=config.training.tokens_per_pass,
         stop_ids=dataset.stop_ids,
     )
-    plan = plan_of(config)
-    engine = CohortEngine(resident, dataset.train, shards, plan)
+    return CohortEngine(resident, dataset.train, shards, plan_of(config))
+
+
+def _algorithm(config: Config, engine: CohortEngine) -> tuple[BaseServer, BaseClient]:
+    """Return server and client behaviour, started from the common adapter."""
     head = config.adapter.head
     server, client = algorithms.make(config.algorithm.name, config.algorithm.settings, head)
-    start = resident.initial_adapter(
+    start = engine.resident.initial_adapter(
         config.adapter.max_rank, scaling_of(config), derive(config.seed, "adapter")
     )
     server.start(start, ranks_of(config), head)
-    loop = Loop(
+    return server, client
+
+
+def _loop(
+    config: Config,
+    shards: Partition,
+    engine: CohortEngine,
+    server: BaseServer,
+    client: BaseClient,
+) -> Loop:
+    from fedllm.executors import InlineExecutor
+    from fedllm.simulation import Loop, Population
+
+    return Loop(
         server=server,
         client=client,
         world=Ideal(),
         executor=InlineExecutor(engine, client),
-        plan=plan,
+        plan=plan_of(config),
         population=Population(shards.train_sizes.tolist()),
         cohort_size=config.federation.cohort,
         seed=config.seed,
     )
-    evaluator = Evaluator(
-        scorer=engine,
+
+
+def _evaluator(
+    config: Config, dataset: Dataset, shards: Partition, kind: Kind, scorer: Scorer
+) -> Evaluator:
+    return Evaluator(
+        scorer=scorer,
         tokens=dataset.test,
         partition=shards,
         task=dataset.task,
-        kind=loaded.kind,
+        kind=kind,
         label_names=dataset.label_names,
         config=config.evaluation,
         seed=config.seed,
     )
-    return Parts(config, dataset, shards, loaded, engine, server, client, loop, evaluator)
 
 
 def _check_length(loaded: LoadedModel, dataset: Dataset) -> None:

@@ -95,12 +95,17 @@ def load_model(
     _draw(model, fresh, seed)
     _check_vocabulary(model, tokenizer, config.path)
     model.config.pad_token_id = tokenizer.pad_token_id
+    _freeze(model, config, device)
+    return LoadedModel(model, tokenizer, kind, config.path, tuple(_base(model, kind)))
+
+
+def _freeze(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> None:
+    """Turn training off and move the model to its device (quantised ones are there already)."""
     model.requires_grad_(False)
     model.train(False)
     if config.quantization == "none":
         with reported(f"move '{config.path}' to {device}", "Choose another model.device."):
             nn.Module.to(model, device)
-    return LoadedModel(model, tokenizer, kind, config.path, tuple(_base(model, kind)))
 
 
 def base_hash(model: PreTrainedModel, kind: Kind = "causal-lm") -> str:
