@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedllm.data import Partition, TokenSet
 from fedllm.models import LoadedModel
 
-CLIENTS, BATCH, RANK, STEPS = 8, 4, 8, 4
+CLIENTS, BATCH, RANK, STEPS = 8, 4, 8, 1
 _ROOT = Path(__file__).parents[1]
 
 
