@@ -2,8 +2,8 @@
 
 transformers lets a model's attention be replaced through `AttentionInterface`; the bounds of the
 sequences travel to it as a keyword of the model's forward. Each run of equally long sequences is
-one batch of scaled dot-product attention, so nothing is padded. The backward pass recomputes the
-weights and saves only query, key and value.
+one batch, so nothing is padded. Short sequences keep their attention weights for the backward
+pass; longer ones use scaled dot-product attention and recompute them, so memory stays linear.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from fedllm.engine.packing import Run
 
 NAME = "fedllm_packed"
 _HONOURED = frozenset({"sliding_window", "softcap"})
+_KEEP = 4
+"""Weights are kept up to this many times head_dim tokens: as much memory as a few activations."""
 
 
 def register() -> None:
@@ -90,24 +92,29 @@ class PackedAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         """Run scaled dot-product attention on each run of sequences."""
-        ctx.save_for_backward(query, key, value)
         ctx.rules = packed_runs, scale, causal, window, softcap
+        kept: list[Tensor | None] = []
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         groups = query.shape[1] // key.shape[1]
         for run in packed_runs:
             q, k, v = (_batch(t, run) for t in (query, key, value))
             k, v = _repeat(k, groups), _repeat(v, groups)
-            if softcap is None and (window is None or window >= run.length):
+            is_plain = softcap is None and (window is None or window >= run.length)
+            if is_plain and run.length > _KEEP * query.shape[-1]:
+                kept.append(None)
                 o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
             else:
-                o = _weights(q, k, scale, causal, window, softcap)[0] @ v
+                weights = _weights(q, k, scale, causal, window, softcap)[0]
+                kept.append(weights if softcap is None else None)
+                o = weights @ v
             _batch(out.transpose(1, 2), run).copy_(o)
+        ctx.save_for_backward(query, key, value, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Recompute the weights of each run, then differentiate by hand."""
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         packed_runs, scale, causal, window, softcap = ctx.rules
         d_out = grads[0].transpose(1, 2)
         d_query, d_key, d_value = (
@@ -117,10 +124,12 @@ class PackedAttention(torch.autograd.Function):
             for t in (query, key, value)
         )
         groups = query.shape[1] // key.shape[1]
-        for run in packed_runs:
+        for run, weights in zip(packed_runs, kept, strict=True):
             q, k, v, d_o = (_batch(t, run) for t in (query, key, value, d_out))
             k, v = _repeat(k, groups), _repeat(v, groups)
-            p, slope = _weights(q, k, scale, causal, window, softcap)
+            p, slope = weights, None
+            if p is None:
+                p, slope = _weights(q, k, scale, causal, window, softcap)
             d_p = d_o @ v.transpose(-1, -2)
             d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype)
             if slope is not None:

@@ -128,7 +128,8 @@ class CohortEngine:
         place = rows[out.owners.cpu().numpy()]
         np.add.at(scores.loss_sum, place, out.losses.double().cpu().numpy())
         np.add.at(scores.count, place, 1)
-        np.add.at(scores.correct, place, out.correct.cpu().numpy())
+        assert out.choices is not None
+        np.add.at(scores.correct, place, (out.choices == out.targets).cpu().numpy())
         scores.choice[place] = out.choices.cpu().numpy()
 
     def _cohorts(self, requests: Sequence[FitRequest]) -> list[list[int]]:

@@ -59,12 +59,11 @@ class Forward:
             targets = torch.from_numpy(sequences.classes.astype(np.int64))
             logits = self.class_logits(sequences)
         targets = targets.to(self.device)
-        choices = logits.detach().argmax(dim=-1)
         return PassOutput(
             losses=cross_entropy(logits, targets),
             owners=torch.from_numpy(owners).to(self.device),
-            correct=choices == targets,
-            choices=choices,
+            targets=targets,
+            choices=None if torch.is_grad_enabled() else logits.argmax(dim=-1),
         )
 
     def token_logits(self, sequences: Sequences, at: np.ndarray) -> Tensor:

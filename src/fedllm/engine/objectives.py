@@ -54,7 +54,7 @@ class PassOutput:
     """fp32 (n,)."""
     owners: Tensor
     """int (n,): the sequence of the pass that an entry belongs to."""
-    correct: Tensor
-    """bool (n,): whether the most likely token or class is the right one."""
-    choices: Tensor
-    """int (n,): the most likely token or class."""
+    targets: Tensor
+    """int (n,): the right token or class."""
+    choices: Tensor | None
+    """int (n,): the most likely token or class; not worked out while training."""
