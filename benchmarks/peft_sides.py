@@ -73,7 +73,9 @@ def evaluate(model: Any, data: TokenSet, count: int) -> float:
     model.eval()
     for row in range(count):
         inputs = {k: v.to(device) for k, v in batch(data, np.array([row]), _PAD_TO).items()}
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).logits
         targets = inputs["labels"][0, 1:]
         float(F.cross_entropy(logits[0, :-1].float(), targets, ignore_index=-100))
     return float(data.lengths[:count].sum())

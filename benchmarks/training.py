@@ -1,4 +1,4 @@
-"""Training and evaluation throughput against PEFT. Run: python -m benchmarks.training"""
+"""Training and evaluation throughput against PEFT; run it with `python -m benchmarks.training`."""
 
 from __future__ import annotations
 

@@ -7,10 +7,17 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from fedllm.data import Partition, TokenSet
 from fedllm.models import LoadedModel
@@ -31,7 +38,7 @@ class Size:
 SIZES = {"S": Size(256, 4, 4096), "M": Size(512, 8, 8192)}
 
 
-def model(size: Size, dtype: torch.dtype) -> LlamaForCausalLM:
+def model(size: Size, dtype: torch.dtype) -> PreTrainedModel:
     """Return a frozen model; the same weights at every call."""
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -46,8 +53,9 @@ def model(size: Size, dtype: torch.dtype) -> LlamaForCausalLM:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = LlamaForCausalLM(config)
-    made = made.to(device, dtype).eval()
+        made: PreTrainedModel = LlamaForCausalLM(config)
+    made.to(device=device, dtype=dtype)  # type: ignore[arg-type]  # transformers types `to` narrowly
+    made.eval()
     made.requires_grad_(False)
     return made
 
@@ -60,11 +68,15 @@ def loaded(size: Size, dtype: torch.dtype) -> LoadedModel:
 
 
 @cache
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer() -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, models
 
     empty = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=empty, pad_token="<pad>", eos_token="<eos>")
+    make: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerBase = make(
+        tokenizer_object=empty, pad_token="<pad>", eos_token="<eos>"
+    )
+    return made
 
 
 @cache
@@ -108,10 +120,11 @@ def rows(count: int, vocabulary: int, seed: int = 0) -> TokenSet:
 
 def partition(clients: int, each: int) -> Partition:
     """Give each client `each` consecutive rows, all of them for testing too."""
-    offsets = np.arange(clients + 1) * each
+    offsets = np.arange(clients + 1, dtype=np.int64) * each
+    everything = np.arange(clients * each, dtype=np.int32)
     return Partition(
-        train_rows=np.arange(clients * each),
+        train_rows=everything,
         train_offsets=offsets,
-        test_rows=np.arange(clients * each),
+        test_rows=everything,
         test_offsets=offsets,
     )

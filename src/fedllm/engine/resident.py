@@ -13,8 +13,8 @@ from fedllm.engine.lora import Active, ClientHead, LoRALinear, Slot
 from fedllm.engine.norm import replace_rms_norms
 from fedllm.models import LoadedModel, head_modules, linear_shape, target_modules
 
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
-"""Measured defaults: on a CPU a pass should stay within the cache, on a GPU it fills the chip."""
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
+"""On a CPU more gains nothing (measured, `benchmarks/passes.py`); on a GPU it fills the chip."""
 
 
 class Resident:

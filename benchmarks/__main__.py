@@ -1,0 +1,9 @@
+"""All benchmarks, one after another: `make bench`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+for name in ("training", "startup", "passes"):
+    subprocess.run([sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}"], check=True)
