@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,16 +48,13 @@ def model(size: Size, dtype: torch.dtype) -> PreTrainedModel:
         num_attention_heads=size.hidden // 64,
         num_key_value_heads=size.hidden // 64,
         max_position_embeddings=1024,
-        attn_implementation="sdpa",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made: PreTrainedModel = LlamaForCausalLM(config)
-    made.to(device=device, dtype=dtype)  # type: ignore[arg-type]  # transformers types `to` narrowly
-    made.eval()
-    made.requires_grad_(False)
-    return made
+        made: Any = LlamaForCausalLM(config)
+    made = made.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return cast(PreTrainedModel, made)
 
 
 def loaded(size: Size, dtype: torch.dtype) -> LoadedModel:
