@@ -144,6 +144,41 @@ def test_results_do_not_depend_on_who_shares_a_pass(tiny_model):
                     )
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("client", [BaseClient(), None], ids=["both", "only-b"])
+def test_one_wide_product_for_all_clients_equals_a_product_each(dropout, client, tiny_model):
+    training = TrainingConfig(batch_size=4, optimizer="sgd", learning_rate=0.05)
+    world = make_world(tiny_model("gpt2"), training=training, dropout=dropout)
+    adapters = [algebra.truncate(random_adapter(world, rank=6), r) for r in (2, 6, 4)]
+    results = []
+    for world.resident.is_wide in (False, True):
+        fits = [
+            world.engine.fit(world.job(c, a, 3), a, client or OnlyB())
+            for c, a in enumerate(adapters)
+        ]
+        trained = world.engine.train(fits)
+        views = [View(r.adapter, BaseDelta(), np.arange(5)) for r in trained]
+        results.append((trained, world.engine.score(views[:1], world.engine.tokens)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        for name in one.adapter:
+            torch.testing.assert_close(one.adapter[name], other.adapter[name], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(results[0][1].loss_sum, results[1][1].loss_sum, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "mistral", "bert"])
+def test_attention_in_one_padded_batch_equals_attention_by_sequence(family, tiny_model):
+    kind = "sequence-classification" if family == "bert" else "causal-lm"
+    world = make_world(tiny_model(family), kind=kind, classes=3 if family == "bert" else 0)
+    adapter = random_adapter(world)
+    results = []
+    for world.resident.forward.is_one_batch in (False, True):
+        fits = [request(world, cid, adapter) for cid in (0, 2)]
+        results.append([r.adapter for r in world.engine.train(fits)])
+    for one, other in zip(*results, strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-4)
+
+
 def test_the_same_cohort_gives_the_same_bits(tiny_model):
     world = make_world(tiny_model("llama"), training=ADAM, dropout=0.1)
     adapter = random_adapter(world)

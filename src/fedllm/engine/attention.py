@@ -4,6 +4,8 @@ transformers lets a model's attention be replaced through `AttentionInterface`; 
 sequences travel to it as a keyword of the model's forward. Each run of equally long sequences is
 one batch, so nothing is padded. Short sequences keep their attention weights for the backward
 pass; longer ones use scaled dot-product attention and recompute them, so memory stays linear.
+On a GPU, where a loop over sequences is bound by its launches, all of a pass become one batch,
+padded inside the attention only.
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from fedllm.engine.packing import Run
+from fedllm.engine.packing import Packing, Run
 
 NAME = "fedllm_packed"
-_HONOURED = frozenset({"sliding_window", "softcap"})
 _KEEP = 4
 """Weights are kept up to this many times head_dim tokens: as much memory as a few activations."""
 
@@ -41,7 +42,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_runs: Sequence[Run],
+    packing: Packing,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **rules: Any,
@@ -54,7 +55,7 @@ def packed_attention(
         key: (1, key_value_heads, T, head_dim).
         value: As `key`.
         attention_mask: Not used.
-        packed_runs: Where the sequences are.
+        packing: Where the sequences are.
         scaling: Factor on the scores; default 1 / sqrt(head_dim).
         is_causal: Whether a token sees only itself and earlier ones.
         **rules: `sliding_window` (tokens) and `softcap` are honoured, others refused.
@@ -70,10 +71,49 @@ def packed_attention(
             raise NotImplementedError(f"attention rule '{name}'")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window, softcap = rules.get("sliding_window"), rules.get("softcap")
+    if packing.is_one_batch and softcap is None:
+        return _one_batch(query, key, value, packing, scale, causal, window), None
     out: Tensor = PackedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, packed_runs, scale, causal, *(rules.get(n) for n in sorted(_HONOURED))
+        query, key, value, packing.runs, scale, causal, window, softcap
     )
     return out, None
+
+
+def _one_batch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """Attend in one padded batch; what is padded lies after a sequence's last token."""
+    count, length = packing.index.shape
+    q, k, v = (
+        t[0]
+        .index_select(1, packing.index.flatten())
+        .reshape(-1, count, length, t.shape[-1])
+        .transpose(0, 1)
+        for t in (query, key, value)
+    )
+    groups = query.shape[1] // key.shape[1]
+    mask = None
+    if window is not None or not causal:
+        # a causal query never sees what lies behind it, so only other rules need a mask
+        hidden = _hidden(length, causal, window, query.device)
+        mask = ~hidden[None, None] & packing.is_token[:, None, None, :]
+        mask = mask | torch.eye(length, dtype=torch.bool, device=query.device)
+    out = F.scaled_dot_product_attention(
+        q,
+        _repeat(k, groups),
+        _repeat(v, groups),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    return out.transpose(1, 2)[packing.is_token][None]
 
 
 class PackedAttention(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm.adapters import Adapter, BaseDelta, is_head, name_a, name_b
-from fedllm.engine.lora import LowRank
+from fedllm.engine.low_rank import Delta, LowRank
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,9 @@ def head_tensors(
     return found
 
 
-def base_delta(
-    base: BaseDelta, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
+def base_delta(base: BaseDelta, dtype: torch.dtype, device: torch.device) -> dict[str, Delta]:
     """Return what was merged into the base, in the compute dtype on the device."""
-    ready: dict[str, tuple[Tensor, Tensor] | Tensor] = {
+    ready: dict[str, Delta] = {
         module: matrix.to(device, dtype) for module, matrix in base.dense.items()
     }
     for module, (b, a) in base.products.items():

@@ -53,6 +53,7 @@ class Cohort:
             modules=low_ranks(adapters, sources, (self.trained, self.grads)),
             delta=base_delta(first.job.payload.base, resident.dtype, device),
             dropout=resident.dropout,
+            is_wide=resident.is_wide and len(requests) > 1,
             anchor=torch.zeros((), device=device, requires_grad=True),
         )
         self.losses = torch.zeros(first.job.steps, len(requests), device=device)

@@ -108,6 +108,7 @@ class CohortEngine:
         return Active(
             modules=low_ranks(adapters, [(buffer, buffer.data.to(dtype))]),
             delta=base_delta(base, dtype, device),
+            is_wide=self.resident.is_wide and len(adapters) > 1,
             heads=head_tensors(self.resident.heads, [(buffer, buffer.data)]),
         )
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fedllm.engine import attention
 from fedllm.engine.objectives import PassOutput, cross_entropy
-from fedllm.engine.packing import Sequences, padded, positions, predicted, runs
+from fedllm.engine.packing import Packing, Sequences, padded, positions, predicted
 
 
 class Forward:
@@ -40,6 +40,7 @@ class Forward:
         self.head = head
         self.pad_id = pad_id
         self.device = model.device
+        self.is_one_batch = self.device.type == "cuda"
         self.offset = _position_offset(model)
         accepted = inspect.signature(model.forward).parameters
         self.keeps_logits = "logits_to_keep" in accepted
@@ -104,7 +105,7 @@ class Forward:
         return {
             "input_ids": ids,
             "position_ids": place,
-            "packed_runs": runs(sequences.lengths),
+            "packing": Packing(sequences.lengths, self.device, is_one_batch=self.is_one_batch),
         }
 
     @contextmanager

@@ -1,7 +1,6 @@
 """Linear layers with a low-rank path for each client, on that client's stretch of the activation.
 
-The forward pass saves the input and the rank-r activation; the backward pass writes the factors'
-gradients straight into the cohort's flat buffers. The base weight is frozen and shared by all.
+The base weight is frozen and shared by all; see `low_rank` for the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,24 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
+from fedllm.engine.low_rank import Delta, LowRank, LowRankPath
 from fedllm.engine.packing import Segment
-
-
-@dataclass
-class LowRank:
-    """The factors of one module for all clients of a cohort, and where their gradients go."""
-
-    a: Tensor
-    """(K, R, in), in the compute dtype."""
-    b: Tensor
-    """(K, out, R)."""
-    scaling: Sequence[float]
-    """alpha / r of each client."""
-    grad_a: Tensor | None = None
-    """(K, R, in) fp32; None if A is frozen or nothing is trained."""
-    grad_b: Tensor | None = None
 
 
 @dataclass
@@ -38,7 +22,7 @@ class Active:
     """What the adapter layers of a model apply now. Layers hold a reference to one of these."""
 
     modules: Mapping[str, LowRank] = field(default_factory=dict)
-    delta: Mapping[str, tuple[Tensor, Tensor] | Tensor] = field(default_factory=dict)
+    delta: Mapping[str, Delta] = field(default_factory=dict)
     """What was merged into the base: factors (b, a), or a dense (out, in) matrix."""
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Head module to its parameters (K, ...), or (K, ...) leaves that require a gradient."""
@@ -51,6 +35,8 @@ class Active:
     """Seed of each sequence's dropout."""
     sequence_lengths: Sequence[int] = ()
     """Tokens of each sequence in the packed row; empty in padded layout."""
+    is_wide: bool = False
+    """Whether all clients' paths form one wide product (see `LowRankPath`)."""
     anchor: Tensor | None = None
     """A scalar that requires a gradient, so that a pass over frozen inputs is differentiated."""
 
@@ -112,8 +98,16 @@ class LoRALinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         keep = self._dropout_mask(flat, active) if active.dropout else None
         weight, bias = _plain_weight(self.base)
-        y: Tensor = _LowRankPath.apply(  # type: ignore[no-untyped-call]
-            flat, active.anchor, weight, bias, low_rank, delta, active.segments(len(flat)), keep
+        y: Tensor = LowRankPath.apply(  # type: ignore[no-untyped-call]
+            flat,
+            active.anchor,
+            weight,
+            bias,
+            low_rank,
+            delta,
+            active.segments(len(flat)),
+            keep,
+            active.is_wide,
         )
         y = y.view(*x.shape[:-1], y.shape[-1])
         return y if weight is not None else self.base(x) + y
@@ -140,101 +134,6 @@ def _plain_weight(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     if type(base).__name__ == "Conv1D":
         return found.weight.T, found.bias
     return None, None
-
-
-class _LowRankPath(torch.autograd.Function):
-    """y = x W^T + bias + x delta^T + scaling (x * keep) A^T B^T, a segment a client."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        anchor: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        low_rank: LowRank | None,
-        delta: tuple[Tensor, Tensor] | Tensor | None,
-        segments: Sequence[Segment],
-        keep: Tensor | None,
-    ) -> Tensor:
-        """Compute in place on the base layer's output."""
-        if weight is not None:
-            y = F.linear(x, weight, bias)
-        else:
-            out = low_rank.b.shape[1] if low_rank is not None else _rows(delta)
-            y = x.new_zeros(x.shape[0], out)
-        if delta is not None:
-            _add_delta(y, x, delta)
-        hidden: list[Tensor] = []
-        if low_rank is not None:
-            dropped = x if keep is None else x * keep
-            for row, start, end in segments:
-                h = dropped[start:end] @ low_rank.a[row].T
-                y[start:end].addmm_(h, low_rank.b[row].T, alpha=low_rank.scaling[row])
-                hidden.append(h)
-        trains = low_rank is not None and (low_rank.grad_a is not None)
-        ctx.save_for_backward(x if trains else None, keep, weight, *hidden)
-        ctx.parts = low_rank, delta, segments
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the input's gradient; add the factors' to their buffers."""
-        low_rank, delta, segments = ctx.parts
-        x, keep, weight, *hidden = ctx.saved_tensors
-        dy = grads[0]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            inner = weight.shape[1] if weight is not None else _columns(low_rank, delta)
-            dx = dy @ weight if weight is not None else dy.new_zeros(len(dy), inner)
-            if delta is not None:
-                _add_delta_grad(dx, dy, delta)
-        if low_rank is None:
-            return dx, *(None,) * 7
-        for h, (row, start, end) in zip(hidden, segments, strict=True):
-            d = dy[start:end]
-            s = low_rank.scaling[row]
-            if low_rank.grad_b is not None:
-                low_rank.grad_b[row].add_(d.T @ h, alpha=s)
-            if low_rank.grad_a is None and dx is None:
-                continue
-            g = d @ low_rank.b[row]
-            if low_rank.grad_a is not None:
-                seen = x[start:end] if keep is None else x[start:end] * keep[start:end]
-                low_rank.grad_a[row].add_(g.T @ seen, alpha=s)
-            if dx is None:
-                continue
-            if keep is None:
-                dx[start:end].addmm_(g, low_rank.a[row], alpha=s)
-            else:
-                dx[start:end].addcmul_(g @ low_rank.a[row], keep[start:end], value=s)
-        return dx, *(None,) * 7
-
-
-def _rows(delta: tuple[Tensor, Tensor] | Tensor | None) -> int:
-    assert delta is not None
-    return delta.shape[0] if isinstance(delta, Tensor) else delta[0].shape[0]
-
-
-def _columns(low_rank: LowRank | None, delta: tuple[Tensor, Tensor] | Tensor | None) -> int:
-    if low_rank is not None:
-        return low_rank.a.shape[2]
-    assert delta is not None
-    return delta.shape[1] if isinstance(delta, Tensor) else delta[1].shape[1]
-
-
-def _add_delta(y: Tensor, x: Tensor, delta: tuple[Tensor, Tensor] | Tensor) -> None:
-    if isinstance(delta, Tensor):
-        y.addmm_(x, delta.T)
-    else:
-        y.addmm_(x @ delta[1].T, delta[0].T)
-
-
-def _add_delta_grad(dx: Tensor, dy: Tensor, delta: tuple[Tensor, Tensor] | Tensor) -> None:
-    if isinstance(delta, Tensor):
-        dx.addmm_(dy, delta)
-    else:
-        dx.addmm_(dy @ delta[0], delta[1])
 
 
 class ClientHead(nn.Module):

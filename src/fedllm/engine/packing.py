@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,34 @@ def runs(lengths: np.ndarray) -> list[Run]:
     """Return the runs of consecutive sequences of equal length."""
     found = segments(lengths, lengths)
     return [Run(s.start, (s.end - s.start) // s.row, s.row) for s in found]
+
+
+class Packing:
+    """Where the sequences of a pass are, as attention needs it.
+
+    Args:
+        lengths: int (N,): tokens of each sequence.
+        device: Where the activations are.
+        is_one_batch: Whether attention pads all sequences into one batch.
+    """
+
+    def __init__(self, lengths: np.ndarray, device: torch.device, *, is_one_batch: bool) -> None:
+        self.runs = runs(lengths)
+        self.is_one_batch = is_one_batch
+        self._lengths, self._device = lengths, device
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """Whether a place of the padded batch holds a token, bool (N, L)."""
+        place = np.arange(int(self._lengths.max()))
+        return torch.from_numpy(place[None, :] < self._lengths[:, None]).to(self._device)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Token of each place of the padded batch, int (N, L); padding repeats the last one."""
+        starts = np.cumsum(self._lengths) - self._lengths
+        place = np.minimum(np.arange(int(self._lengths.max()))[None, :], self._lengths[:, None] - 1)
+        return torch.from_numpy(starts[:, None] + place).to(self._device)
 
 
 def positions(lengths: np.ndarray) -> np.ndarray:

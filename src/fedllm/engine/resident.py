@@ -48,6 +48,7 @@ class Resident:
         self.dtype = model.dtype
         self.dropout = dropout
         self.slot = Slot()
+        self.is_wide = self.device.type == "cuda"
         self.tokens_per_pass = (
             TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS["cuda"])
             if isinstance(tokens_per_pass, str)
