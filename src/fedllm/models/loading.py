@@ -103,6 +103,11 @@ def _freeze(model: PreTrainedModel, config: ModelConfig, device: torch.device) -
     """Turn training off and move the model to its device (quantised ones are there already)."""
     model.requires_grad_(False)
     model.train(False)
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            # outside of training mode bitsandbytes repacks a CPU weight for inference, for good,
+            # and the layer is then no longer differentiable
+            layer.train(True)
     if config.quantization == "none":
         with reported(f"move '{config.path}' to {device}", "Choose another model.device."):
             nn.Module.to(model, device)
