@@ -11,25 +11,10 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+
 from fedllm.adapters import Adapter, name_a, name_b
 from fedllm.config import ModelConfig, TrainingConfig
-
-try:
-    from fedllm.data import Partition, TokenSet
-except ImportError:
-    from fedllm.data.tokens import TokenSet
-
-    @dataclass
-    class Partition:
-        train_rows: object
-        train_offsets: object
-        test_rows: object
-        test_offsets: object
-
-        def train(self, cid):
-            return self.train_rows[self.train_offsets[cid] : self.train_offsets[cid + 1]]
-
-
+from fedllm.data import Partition, TokenSet
 from fedllm.engine import CohortEngine, Resident
 from fedllm.federation import Job, Payload, Plan
 from fedllm.models import load_model
@@ -164,8 +149,7 @@ def peft_model(world: World, adapter: Adapter) -> Any:
             prefix = f"base_model.model.{module}"
             state[f"{prefix}.lora_A.default.weight"].copy_(adapter[name_a(module)])
             state[f"{prefix}.lora_B.default.weight"].copy_(adapter[name_b(module)])
-    heads = [n for n in adapter.heads]
-    for name in heads:
+    for name in adapter.heads:
         parameter = state[f"base_model.model.{name}"]
         parameter.requires_grad_(True)
         with torch.no_grad():

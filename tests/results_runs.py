@@ -48,7 +48,7 @@ def learned(
         run.append("timing", [{"round": number, "wall_s": 1.5}])
     counts = rng(0, "counts").dirichlet([0.4] * groups, num_clients) * 120
     names = [f"category {i}" for i in range(groups)]
-    split = {"groups": names, "counts": counts.round().astype(int).tolist()}
+    split = {"group_names": names, "counts": counts.round().astype(int).tolist()}
     run.write("heterogeneity.json", json.dumps(split))
     return run
 

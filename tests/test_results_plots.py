@@ -121,11 +121,11 @@ def test_the_traffic_figure_sets_quality_against_bytes_both_ways() -> None:
 
 
 def test_few_groups_are_stacked_and_many_are_a_heat_map() -> None:
-    few = heterogeneity({"groups": ["a", "b"], "counts": [[1, 2], [3, 0]]})
+    few = heterogeneity({"group_names": ["a", "b"], "counts": [[1, 2], [3, 0]]})
     assert few is not None
     widths = [[bar.get_width() for bar in stack] for stack in few.axes[0].containers]
     assert widths == [[1, 3], [2, 0]]
-    many = heterogeneity({"groups": list(range(12)), "counts": [[1] * 12, [0] * 12]})
+    many = heterogeneity({"group_names": list(range(12)), "counts": [[1] * 12, [0] * 12]})
     assert many is not None
     shares = many.axes[0].images[0].get_array()
     assert shares.shape == (2, 12)
@@ -133,12 +133,12 @@ def test_few_groups_are_stacked_and_many_are_a_heat_map() -> None:
 
 
 def test_a_split_without_rows_is_left_out() -> None:
-    assert heterogeneity({"groups": [], "counts": []}) is None
+    assert heterogeneity({"group_names": [], "counts": []}) is None
 
 
 def test_a_plot_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "one", config_yaml())
-    run.write("heterogeneity.json", json.dumps({"groups": ["a"], "counts": [[1]]}))
+    run.write("heterogeneity.json", json.dumps({"group_names": ["a"], "counts": [[1]]}))
     (run.path / "plots").write_text("in the way")
     with pytest.raises(RunError, match=r"heterogeneity\.png.*The run itself is untouched"):
         plot_run(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,19 @@ from pydantic_core import ErrorDetails
 
 from fedllm.config.schema import Config
 from fedllm.errors import ConfigError, did_you_mean
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-3` as a number: YAML 1.1 wants `1.0e-3` and calls the rest a string."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts strings that `_Loader` would read as numbers in quotes."""
+
+
+_SCIENTIFIC = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -31,7 +45,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot be read: {error}"], str(path)) from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -64,15 +78,26 @@ def apply_overrides(
         except yaml.YAMLError:
             problems.append(f"{key}: '{text}' is not a YAML value")
             continue
-        *parents, last = key.split(".")
-        node = result
-        for part in parents:
-            child = node.get(part)
-            node[part] = node = child if isinstance(child, dict) else {}
-        node[last] = value
+        problems += _lay(result, key.split("."), value)
     if problems:
         raise ConfigError(problems, source)
     return result
+
+
+def _lay(tree: dict[str, Any], path: Sequence[str], value: Any) -> list[str]:
+    """Put a value at a path into the tree, changed in place; return what is in the way."""
+    *parents, last = path
+    node = tree
+    for depth, part in enumerate(parents, start=1):
+        child = node.get(part)
+        if isinstance(child, str) and parents == ["algorithm"]:
+            child = {"name": child}
+        if child is not None and not isinstance(child, dict):
+            where = ".".join(path[:depth])
+            return [f"{'.'.join(path)}: '{where}' is {child!r}, which has no keys inside"]
+        node[part] = node = {} if child is None else child
+    node[last] = value
+    return []
 
 
 def validate(tree: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
@@ -81,14 +106,16 @@ def validate(tree: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     if isinstance(shorthand.get("algorithm"), str):
         shorthand["algorithm"] = {"name": shorthand["algorithm"]}
     try:
-        return Config.model_validate(_numbers(shorthand)), []
+        return Config.model_validate(shorthand), []
     except ValidationError as error:
         return None, [_sentence(detail) for detail in error.errors()]
 
 
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML that re-runs the run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json")
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _sentence(detail: ErrorDetails) -> str:
@@ -130,21 +157,7 @@ def _is_branch(part: str | int) -> bool:
 
 
 def _scalar(text: str) -> Any:
-    return yaml.safe_load(text) if text else None
-
-
-def _numbers(value: Any) -> Any:
-    """Read `1e-3` as a number: YAML 1.1 wants `1.0e-3` and calls the rest a string."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return yaml.load(text, _Loader) if text else None
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         """Return the gradient of the input."""
         x, rstd, gain = ctx.saved_tensors
         d = (grads[0] * gain).float()
-        unit = x.float().mul_(rstd)
+        unit = x * rstd
         d.addcmul_(unit, (d * unit).mean(-1, keepdim=True), value=-1.0)
         return d.mul_(rstd).to(x.dtype), None, None
 

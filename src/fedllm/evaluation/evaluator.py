@@ -139,8 +139,8 @@ class Evaluator:
                 batch_size=self.config.batch_size,
                 progress=progress,
             )
-        chosen = scores.choice
-        if self.kind == "causal-lm":
+        chosen = scores.choice if self.kind != "causal-lm" else None
+        if self._generates:
             ids = {name.strip().lower(): i for i, name in enumerate(self.label_names)}
             chosen = np.full(len(self.tokens), -1)
             for row, answer in answers.items():
@@ -184,12 +184,10 @@ class Evaluator:
             if row in evidence.answers:
                 line |= {"prediction": evidence.answers[row], "is_right": bool(evidence.exact[row])}
             elif evidence.classes is not None and evidence.chosen is not None:
-                chosen = int(evidence.chosen[row])
-                line |= {
-                    "prediction": self.label_names[chosen],
-                    "is_right": chosen == int(evidence.classes[row]),
-                }
+                line["prediction"] = self.label_names[int(evidence.chosen[row])]
             else:
                 continue
+            if evidence.classes is not None and evidence.chosen is not None:
+                line["is_right"] = bool(evidence.chosen[row] == evidence.classes[row])
             lines.append(line)
         return lines

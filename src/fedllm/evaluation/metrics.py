@@ -144,9 +144,14 @@ BY_TASK: Mapping[str, tuple[str, ...]] = {
 
 
 def normalise(text: str) -> str:
-    """Return text as SQuAD compares it: lower case, no punctuation, articles or extra spaces."""
+    """Return text as SQuAD compares it: lower case, no punctuation, articles or extra spaces.
+
+    Where nothing would be left ("A", "?"), the article or the punctuation stays: no answer at all
+    is not the same answer.
+    """
     lowered = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", lowered).split())
+    words = re.sub(r"\b(a|an|the)\b", " ", lowered).split() or lowered.split()
+    return " ".join(words or text.split())
 
 
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")

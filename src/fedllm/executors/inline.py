@@ -28,15 +28,22 @@ class InlineExecutor:
         waiting: dict[int, tuple[Coroutine[Any, Any, Update], FitResult | None]] = {
             i: (self.client.run(job, self.engine), None) for i, job in enumerate(jobs)
         }
-        while waiting:
-            requests: dict[int, FitRequest] = {}
-            for i, (coroutine, result) in waiting.items():
-                try:
-                    requests[i] = coroutine.send(result)
-                except StopIteration as done:
-                    updates[i] = done.value
-            results = self.engine.train(list(requests.values()), self.progress)
-            waiting = {
-                i: (waiting[i][0], result) for i, result in zip(requests, results, strict=True)
-            }
+        try:
+            while waiting:
+                requests: dict[int, FitRequest] = {}
+                for i, (coroutine, result) in waiting.items():
+                    try:
+                        requests[i] = coroutine.send(result)
+                    except StopIteration as done:
+                        updates[i] = done.value
+                if not requests:
+                    break
+                results = self.engine.train(list(requests.values()), self.progress)
+                waiting = {
+                    i: (waiting[i][0], result) for i, result in zip(requests, results, strict=True)
+                }
+        finally:
+            # after an error some have not begun, and would warn that nobody awaited them
+            for coroutine, _ in waiting.values():
+                coroutine.close()
         return [updates[i] for i in range(len(jobs))]

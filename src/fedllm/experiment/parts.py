@@ -97,6 +97,23 @@ def load_data(config: Config, tokenizer: object) -> tuple[Dataset, Partition]:
     return dataset, shards
 
 
+def load_base(config: Config, dataset: Dataset) -> LoadedModel:
+    """Load the base model for a data set's task and classes.
+
+    Raises:
+        ModelError: If the model is wrong.
+    """
+    from fedllm.models import load_model, resolve_kind
+
+    return load_model(
+        config.model,
+        kind=resolve_kind(config.model, dataset.task),
+        num_labels=len(dataset.label_names),
+        label_names=dataset.label_names,
+        seed=derive(config.seed, "head"),
+    )
+
+
 def build(config: Config, say: Say = lambda text: None) -> Parts:
     """Load the model, tokenise the data and put a run together.
 
@@ -109,31 +126,18 @@ def build(config: Config, say: Say = lambda text: None) -> Parts:
         ModelError: If the model is wrong.
         ConfigError: If they do not fit what is asked.
     """
-    from fedllm.models import load_tokenizer
+    from fedllm.models import load_tokenizer, position_limit
 
     say("reading the data")
     dataset, shards = load_data(config, load_tokenizer(config.model))
     say("loading the model")
-    loaded = _load_model(config, dataset)
+    loaded = load_base(config, dataset)
+    check_length(position_limit(loaded.model), loaded.source, dataset)
     engine = _engine(config, dataset, shards, loaded)
     evaluator = _evaluator(config, dataset, shards, loaded.kind, engine)
     server, client = _algorithm(config, engine)
     loop = _loop(config, shards, engine, server, client)
     return Parts(config, dataset, shards, loaded, engine, server, client, loop, evaluator)
-
-
-def _load_model(config: Config, dataset: Dataset) -> LoadedModel:
-    from fedllm.models import load_model, resolve_kind
-
-    loaded = load_model(
-        config.model,
-        kind=resolve_kind(config.model, dataset.task),
-        num_labels=len(dataset.label_names),
-        label_names=dataset.label_names,
-        seed=derive(config.seed, "head"),
-    )
-    _check_length(loaded, dataset)
-    return loaded
 
 
 def _engine(
@@ -199,14 +203,15 @@ def _evaluator(
     )
 
 
-def _check_length(loaded: LoadedModel, dataset: Dataset) -> None:
-    """Refuse rows longer than the positions the model has learned."""
-    from fedllm.models import position_limit
+def check_length(limit: int | None, source: str, dataset: Dataset) -> None:
+    """Refuse rows longer than the positions the model has learned.
 
-    limit = position_limit(loaded.model)
+    Raises:
+        DataError: If there is such a row.
+    """
     longest = max(int(split.lengths.max()) for split in (dataset.train, dataset.test))
     if limit is not None and longest > limit:
         raise DataError(
-            f"the longest row has {longest} tokens, but {loaded.source} knows {limit} positions."
+            f"the longest row has {longest} tokens, but {source} knows {limit} positions."
             f" Set data.max_length: {limit} (with data.overlong: drop or truncate)"
         )

@@ -58,9 +58,6 @@ def run(config: Config, watch: Watch) -> RunDir:
         RunDir.create(config.run_dir, "")  # says that it exists, before anything is loaded
     parts = build(config, watch.say)
     with RunDir.create(config.run_dir, dump(config)) as directory, _logging_to(directory):
-        groups = parts.dataset.train.groups
-        report = heterogeneity(parts.partition, groups).as_dict()
-        directory.write("heterogeneity.json", json.dumps(report, indent=2) + "\n")
         _Session(parts, directory, watch).carry_on()
         return directory
 
@@ -124,6 +121,8 @@ class _Session:
         self.watch.begin(parts, self.directory)
         if parts.server.version == 0:
             self.directory.truncate(dict.fromkeys(self.directory.lengths(), 0))
+            report = heterogeneity(parts.partition, parts.dataset.train.groups).as_dict()
+            self.directory.write("heterogeneity.json", json.dumps(report, indent=2) + "\n")
             if parts.config.evaluation.every:
                 self._record({"round": 0, "virtual_time_s": 0.0}, self._evaluate(0), {})
         for made in parts.loop.run(rounds):
@@ -266,6 +265,9 @@ def _logging_to(directory: RunDir) -> Iterator[None]:
     package.setLevel(logging.INFO)
     try:
         yield
+    except Exception:
+        logger.exception("the run was stopped by an error")
+        raise
     finally:
         package.removeHandler(handler)
         handler.close()

@@ -200,7 +200,7 @@ def _quality_for_bytes(
 def heterogeneity(split: Mapping[str, Any]) -> Figure | None:
     """Draw which client holds how many training rows of which group."""
     counts = np.asarray(split["counts"], dtype=float)
-    groups = [str(group) for group in split["groups"]]
+    groups = [str(group) for group in split["group_names"]]
     if counts.size == 0:
         return None
     if len(groups) <= len(style.PALETTE) and len(counts) <= _MAX_CLIENT_NAMES:

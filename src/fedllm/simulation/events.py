@@ -9,12 +9,15 @@ from enum import Enum, IntEnum
 
 
 class EventKind(IntEnum):
-    """What can happen. At one instant, what ends comes before what begins."""
+    """What can happen. At one instant windows open first: who begins together, trains together.
 
-    UPLOAD_DONE = 0
+    What is done at the instant at which a window closes is done in time.
+    """
+
+    WINDOW_OPEN = 0
     TRAINING_DONE = 1
-    WINDOW_CLOSE = 2
-    WINDOW_OPEN = 3
+    UPLOAD_DONE = 2
+    WINDOW_CLOSE = 3
 
 
 class ClientState(Enum):

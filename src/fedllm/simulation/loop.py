@@ -104,9 +104,11 @@ class Loop:
             if not self.schedule.cohort:
                 self._begin()
             if not len(self.queue):
+                arrived = {update.cid for update in self.schedule.arrived}
+                missing = sorted(set(self.schedule.cohort) - arrived)
                 raise RunError(
-                    f"round {self.server.version + 1} cannot end: no client of the cohort"
-                    f" {self.schedule.cohort} will ever be available"
+                    f"round {self.server.version + 1} cannot end: clients {missing} of its cohort"
+                    " will never be available"
                 )
             self._handle(self.queue.pop())
             if self.schedule.is_ready:
@@ -124,6 +126,8 @@ class Loop:
             "jobs": self.jobs,
             "results": self.results,
             "kept": {cid: self.store.get(cid) for cid in self.store.clients()},
+            "events": self._events,
+            "ledger": self._ledger,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -134,6 +138,7 @@ class Loop:
         self.states = dict(state["states"])
         self.jobs, self.results = dict(state["jobs"]), dict(state["results"])
         self.store = MemoryStore(state["kept"])
+        self._events, self._ledger = list(state["events"]), list(state["ledger"])
 
     def _begin(self) -> None:
         """Sample a cohort and ask when each client is there."""

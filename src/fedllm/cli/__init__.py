@@ -1,0 +1,5 @@
+"""The command line; importing it brings no torch along."""
+
+from fedllm.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,247 @@
+"""The commands of `fedllm`; each reads its words and leaves the work to others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+from rich.console import Console
+
+import fedllm
+from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
+from fedllm.config import Config
+from fedllm.errors import FedLLMError, unknown
+
+app = typer.Typer(
+    name="fedllm",
+    help="Federated fine-tuning of Hugging Face language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: fedllm check CONFIG.yaml, then fedllm run CONFIG.yaml",
+)
+
+Words = Annotated[
+    Optional[list[str]],  # noqa: UP045  # typer reads this at run time
+    typer.Argument(metavar="[a.b=value]...", help="Settings laid over the file."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as runs/demo.")]
+
+
+def main() -> None:
+    """Run the command line; returns by `SystemExit` only."""
+    quiet_libraries()
+    app(prog_name="fedllm")
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"fedllm {fedllm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of Hugging Face language models."""
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="CONFIG.yaml", help="What to run; not with --resume."),
+    ] = None,
+    words: Words = None,
+    resume: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Continue this run from its last checkpoint."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load everything, print the plan, write nothing.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but the run's path at the end.")
+    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="One line a round, no live view.")] = False,
+) -> None:
+    """Carry out a run, or continue one."""
+    console = Console()
+    if resume is not None:
+        with reported():
+            _check_resumed(config, dry_run)
+        checked = None
+    else:
+        with reported():
+            checked = _load(config, words)
+            if dry_run:
+                _plan(console, checked, is_loading_model=True)
+                return
+    with reported():
+        from fedllm.cli.run import choose_view, go_on, start
+    view = choose_view(console, is_quiet=quiet, is_plain=plain)
+    with reported(view):
+        if checked is not None:
+            start(checked, view, console, is_quiet=quiet)
+        elif resume is not None:
+            go_on(resume, view, console, is_quiet=quiet)
+
+
+@app.command()
+def check(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="What would be run.")],
+    words: Words = None,
+) -> None:
+    """Check a configuration and its data, and estimate what a run takes."""
+    with reported():
+        _plan(Console(), _load(config, words), is_loading_model=False)
+
+
+@app.command(name="eval")
+def evaluate_run(
+    path: RunPath,
+    client: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="CID", help="Use this client's test rows alone."),
+    ] = None,
+    scope: Annotated[
+        Optional[Literal["global", "personal", "both"]],  # noqa: UP045
+        typer.Option(help="The global view, each client's own, or both; default: as the run."),
+    ] = None,
+    save: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Write metrics and predictions there."),
+    ] = None,
+) -> None:
+    """Evaluate a run's last checkpoint on all test rows."""
+    console = Console()
+    with reported():
+        from fedllm.cli.inspect import print_evaluation, save_evaluation
+        from fedllm.experiment.evaluate import evaluate
+
+        with console.status("restoring the run") as status:
+            found = evaluate(
+                path,
+                scopes=None if scope is None else _SCOPES[scope],
+                client=client,
+                say=status.update,
+                progress=lambda count: status.update(f"evaluating · {count} answers generated"),
+            )
+        print_evaluation(console, found)
+        if save is not None:
+            save_evaluation(save, path, found)
+            console.print(f"saved to {save}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def show(
+    path: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a run was and what came of it."""
+    with reported():
+        from fedllm.cli.inspect import print_run, run_as_dict
+        from fedllm.results import RunDir
+
+        directory = RunDir.open(path)
+        if as_json:
+            typer.echo(json.dumps(run_as_dict(directory), indent=2))
+        else:
+            print_run(Console(), directory)
+
+
+@app.command()
+def export(
+    path: RunPath,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that is not there.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Whole weights instead of an adapter.")
+    ] = False,
+    client: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="CID", help="This client's own view; default the global one."),
+    ] = None,
+) -> None:
+    """Write a trained model as a PEFT adapter, or merged into its weights."""
+    console = Console()
+    with reported():
+        from fedllm.cli.inspect import print_export
+        from fedllm.experiment.export import export as write
+
+        with console.status("restoring the run") as status:
+            found = write(path, to, merged=merged, client=client, say=status.update)
+        print_export(console, found)
+
+
+@app.command(name="list")
+def list_names(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUBJECT", help="models, datasets, algorithms, metrics or partitions"
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the names that a configuration may use."""
+    with reported():
+        from fedllm.cli.inspect import print_rows
+        from fedllm.cli.tables import SUBJECTS
+
+        if subject not in SUBJECTS:
+            raise FedLLMError(unknown("subject", subject, SUBJECTS))
+        rows = SUBJECTS[subject]()
+        if as_json:
+            typer.echo(json.dumps(rows, indent=2))
+        else:
+            print_rows(Console(), rows)
+
+
+_SCOPES: dict[str, tuple[Literal["global", "personal"], ...]] = {
+    "global": ("global",),
+    "personal": ("personal",),
+    "both": ("global", "personal"),
+}
+
+
+def _load(path: str | None, words: list[str] | None) -> Config:
+    """Read and check a configuration; nothing heavy is imported."""
+    from fedllm.experiment import load_config
+
+    if path is None:
+        raise FedLLMError(f"Give a CONFIG.yaml, or --resume DIR.{nearby_examples(Path('run'))}")
+    if not Path(path).exists():
+        hint = nearby_examples(Path(path))
+        if "=" in path:
+            raise FedLLMError(f"'{path}' is a setting; the file comes before it.{hint}")
+        raise FedLLMError(f"There is no file {path}; check the path.{hint}")
+    return load_config(Path(path), words or ())
+
+
+def _check_resumed(config: str | None, dry_run: bool) -> None:
+    if config is not None:
+        raise FedLLMError(
+            f"A resumed run keeps its configuration; leave '{config}' out, or start a new run"
+        )
+    if dry_run:
+        raise FedLLMError("--dry-run is for new runs; leave out --resume or --dry-run")
+
+
+def _plan(console: Console, config: Config, *, is_loading_model: bool) -> None:
+    """Print what a run would be."""
+    with console.status("starting") as status:
+        from fedllm.cli.plan import print_report
+        from fedllm.experiment.check import check, rehearse
+
+        make = rehearse if is_loading_model else check
+        report = make(config, status.update)
+    print_report(console, report)
+    if is_loading_model:
+        console.print("dry run: everything was loaded, and no run was written", highlight=False)

@@ -1,0 +1,234 @@
+"""Prints what is there: tables of names, the figures of a run, an evaluation, an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedllm.cli.figures import bytes_text, duration_text, sparkline, value_text
+from fedllm.cli.tables import Row
+from fedllm.results import History, MetricRow, RunDir, overview, strict_json, summary_rows
+from fedllm.results.storage import explained, write_text
+
+if TYPE_CHECKING:
+    from fedllm.experiment.evaluate import Evaluated
+    from fedllm.experiment.export import Exported
+
+_VIEWS: Mapping[str, tuple[str, ...]] = {
+    "global": ("global",),
+    "mean of clients": ("clients", "mean"),
+    "worst 10 %": ("clients", "worst_10"),
+    "personal": ("personal", "overall"),
+    "personal mean": ("personal", "mean"),
+    "personal worst 10 %": ("personal", "worst_10"),
+}
+_MAIN_VIEWS = ("global", "personal mean")
+_MAX_CLIENTS = 20
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """Return an empty table; the first column is text, the others are numbers."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    return table
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """Print a table of names; settings go under the algorithm they belong to."""
+    keys = [key for key in rows[0] if key not in {"settings", "paper"}]
+    table = Table(box=box.SIMPLE_HEAD)
+    for key in keys:
+        is_wide = key in {"what", "tasks"}
+        table.add_column(key.replace("_", " "), no_wrap=not is_wide, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row[key]) for key in keys))
+        for name, setting in row.get("settings", {}).items():
+            text = f"{name}: {setting['type']} (default {setting['default']})"
+            table.add_row("", Text(text, style="dim"))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def run_as_dict(run: RunDir) -> dict[str, Any]:
+    """Return what `fedllm show --json` prints."""
+    facts = overview(run)
+    return {
+        **asdict(facts),
+        "is_finished": facts.is_finished,
+        "path": str(run.path),
+        "metrics": [asdict(row) for row in summary_rows(run)],
+        "plots": [str(path) for path in plots_of(run)],
+    }
+
+
+def plots_of(run: RunDir) -> list[Path]:
+    """Return the pictures that are there."""
+    return sorted((run.path / "plots").glob("*.png"))
+
+
+def print_run(console: Console, run: RunDir, *, is_full: bool = True) -> None:
+    """Print what a run was, how its metrics went, and where its plots are.
+
+    Args:
+        console: Where to.
+        run: Only read.
+        is_full: Show all views of all metrics; else of the main metric alone.
+    """
+    facts = overview(run)
+    state = f"round {facts.rounds_done} of {facts.rounds_planned}"
+    console.print(
+        Text.assemble(
+            (facts.name, "bold"),
+            f" · {facts.algorithm} · {facts.model} · {facts.data}, {facts.partition}"
+            f" · {facts.num_clients} clients, {facts.cohort_size} a round · seed {facts.seed}",
+        ),
+        soft_wrap=True,
+    )
+    _print_metrics(console, run, is_full)
+    console.print(
+        f"{state} · up {bytes_text(facts.bytes_up)}, down {bytes_text(facts.bytes_down)}"
+        f" · {duration_text(facts.wall_s)}",
+        highlight=False,
+    )
+    if not facts.is_finished:
+        _print_line(console, f"not finished; continue with: fedllm run --resume {run.path}")
+    if plots_of(run):
+        _print_line(console, f"plots: {run.path / 'plots'}/*.png")
+
+
+def _print_metrics(console: Console, run: RunDir, is_full: bool) -> None:
+    rows, history = summary_rows(run), History.of(run)
+    if not is_full:
+        rows = [row for row in rows if row.is_main or row.view in _MAIN_VIEWS]
+    if not rows:
+        _print_line(console, "\nnothing was evaluated yet\n")
+        return
+    table = new_table("metric", "of", "first", "last", "best", "round", "course")
+    table.columns[1].justify = table.columns[6].justify = "left"
+    for place, row in enumerate(rows):
+        is_new = place == 0 or rows[place - 1].metric != row.metric
+        table.add_row(*_metric_cells(row, history, is_new), style="bold" if row.is_main else "")
+    console.print(table)
+
+
+def _metric_cells(row: MetricRow, history: History, is_new: bool) -> list[str]:
+    return [
+        row.metric if is_new else "",
+        row.view.replace(" of clients", "").replace(",", ""),
+        value_text(row.first),
+        value_text(row.last),
+        value_text(row.best),
+        str(row.best_round),
+        sparkline(history.evaluated(row.view, row.metric).values, 10),
+    ]
+
+
+def print_next(console: Console, run: RunDir, *, is_personal: bool) -> None:
+    """Print the three commands to try after a run."""
+    scope = " --scope personal" if is_personal else ""
+    _print_line(console, "\nnext:")
+    for command in (
+        f"fedllm show {run.path}",
+        f"fedllm eval {run.path}{scope}",
+        f"fedllm export {run.path} --to {run.path.name}-adapter",
+    ):
+        console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
+
+
+def print_evaluation(console: Console, found: Evaluated) -> None:
+    """Print one evaluation: metrics by view, then by client where there are few."""
+    record = found.evaluation.record
+    views = {name: _at(record, *place) for name, place in _VIEWS.items()}
+    views = {name: values for name, values in views.items() if values}
+    table = new_table("", *found.metrics)
+    for name, values in views.items():
+        table.add_row(name, *(value_text(values.get(metric)) for metric in found.metrics))
+    console.print(f"after round {found.version}, on {found.num_rows} test rows", highlight=False)
+    console.print(table)
+    by_view = {name: _at(record, name, "by_client") for name in ("clients", "personal")}
+    _print_clients(console, {n: v for n, v in by_view.items() if v}, found.metrics[0])
+
+
+def save_evaluation(file: Path, run: Path, found: Evaluated) -> None:
+    """Write metrics and predictions as one JSON object.
+
+    Raises:
+        RunError: If the file cannot be written.
+    """
+    saved = {
+        "run": str(run),
+        "round": found.version,
+        "eval": found.evaluation.record,
+        "predictions": list(found.evaluation.predictions),
+    }
+    with explained(file, "The run itself is untouched."):
+        write_text(file, strict_json(saved) + "\n")
+
+
+def _print_clients(console: Console, by_view: Mapping[str, Any], metric: str) -> None:
+    """Print the main metric of each client, the worst first."""
+    clients = list(next(iter(by_view.values()), {}))
+    if not 1 < len(clients) <= _MAX_CLIENTS:
+        return
+    names = {"clients": "global view", "personal": "own view"}
+    table = new_table("client", *(names[view] for view in by_view), title=f"{metric} by client")
+    for cid in clients:
+        cells = [value_text(view.get(cid, {}).get(metric)) for view in by_view.values()]
+        table.add_row(cid, *cells)
+    console.print(table)
+
+
+def print_export(console: Console, found: Exported) -> None:
+    """Print what was written and three lines of Python that load it."""
+    table = new_table("file", "size", title=f"written to {found.folder}")
+    for name, size in found.files:
+        table.add_row(name, bytes_text(size))
+    console.print(table)
+    if found.is_merged:
+        lines = [
+            f"from transformers import AutoTokenizer, {found.auto_class}",
+            f'model = {found.auto_class}.from_pretrained("{found.folder}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{found.folder}")',
+        ]
+    else:
+        lines = [
+            f"from peft import PeftModel; from transformers import {found.auto_class}",
+            f'base = {found.auto_class}.from_pretrained("{found.base}"{_labels(found)})',
+            f'model = PeftModel.from_pretrained(base, "{found.folder}")',
+        ]
+    _print_line(console, "load it with:")
+    for line in lines:
+        console.print(Text(f"  {line}", style="cyan"), soft_wrap=True)
+
+
+def _labels(found: Exported) -> str:
+    return f", num_labels={found.num_labels}" if found.num_labels else ""
+
+
+def _at(record: Mapping[str, Any], *place: str) -> Mapping[str, Any]:
+    for part in place:
+        record = record.get(part) or {}
+    return record
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,121 @@
+"""What a run would be, found out without training: its data, its clients, what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedllm.config import Config
+from fedllm.data import Dataset, HeterogeneityReport, Partition, heterogeneity
+from fedllm.experiment import estimate
+from fedllm.experiment.estimate import Duration, Memory, Traffic
+from fedllm.experiment.parts import build, check_length, load_data, plan_of
+
+if TYPE_CHECKING:
+    from fedllm.models import SizeEstimate
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row as the model sees it."""
+
+    row: int
+    pieces: tuple[tuple[str, bool], ...]
+    """Decoded text, and whether its tokens are supervised."""
+    num_tokens: int
+    label: str | None
+    """Name of its class, if it has one."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `fedllm check` knows."""
+
+    config: Config
+    dataset: Dataset
+    heterogeneity: HeterogeneityReport
+    steps: npt.NDArray[np.int64]
+    """Optimiser steps of each client in a round, shape (clients,)."""
+    size: SizeEstimate
+    memory: Memory
+    traffic: Traffic
+    duration: Duration
+    example: Example
+
+
+def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Report:
+    """Read and divide the data and work out what a run takes; no weight is loaded.
+
+    Raises:
+        FedLLMError: If something the user can mend is wrong.
+    """
+    from fedllm.models import load_tokenizer
+
+    say("reading the data")
+    tokenizer = load_tokenizer(config.model)
+    dataset, partition = load_data(config, tokenizer)
+    say("working out sizes")
+    return report(config, dataset, partition, tokenizer)
+
+
+def rehearse(config: Config, say: Callable[[str], None] = lambda text: None) -> Report:
+    """Do everything that comes before the first round, model included, and write nothing.
+
+    Raises:
+        FedLLMError: If something the user can mend is wrong.
+    """
+    parts = build(config, say)
+    say("working out sizes")
+    return report(config, parts.dataset, parts.partition, parts.loaded.tokenizer)
+
+
+def report(config: Config, dataset: Dataset, partition: Partition, tokenizer: Any) -> Report:
+    """Describe a run whose data is there.
+
+    Raises:
+        ModelError: If the model, its architecture or a target is wrong.
+        DataError: If rows are longer than the model's positions.
+    """
+    from fedllm.models import estimate_size, resolve_kind
+
+    kind = resolve_kind(config.model, dataset.task)
+    size = estimate_size(
+        config.model,
+        kind=kind,
+        num_labels=len(dataset.label_names),
+        targets=config.adapter.targets,
+        rank=config.adapter.max_rank,
+    )
+    check_length(size.position_limit, config.model.path, dataset)
+    shapes = estimate.shapes_of(config, kind, dataset.label_names)
+    memory = estimate.memory(config, shapes, dataset, size.base_bytes)
+    plan = plan_of(config)
+    return Report(
+        config=config,
+        dataset=dataset,
+        heterogeneity=heterogeneity(partition, dataset.train.groups),
+        steps=np.array([plan.steps(int(rows)) for rows in partition.train_sizes], np.int64),
+        size=size,
+        memory=memory,
+        traffic=estimate.traffic(config, shapes, partition),
+        duration=estimate.duration(config, shapes, dataset, partition, memory.tokens_in_a_pass),
+        example=_example(dataset, tokenizer),
+    )
+
+
+def _example(dataset: Dataset, tokenizer: Any) -> Example:
+    """Decode the first row of ordinary length."""
+    lengths = dataset.train.lengths
+    row = int(np.argmin(np.abs(lengths - np.median(lengths))))
+    tokens, supervised = dataset.train.row(row)
+    pieces = []
+    for is_supervised, run in groupby(range(len(tokens)), key=lambda i: bool(supervised[i])):
+        pieces.append((str(tokenizer.decode(tokens[list(run)].tolist())), is_supervised))
+    labels = dataset.train.labels
+    label = None if labels is None else dataset.label_names[int(labels[row])]
+    return Example(row, tuple(pieces), len(tokens), label)

@@ -1,0 +1,110 @@
+"""Worlds and loops for tests of the event loop, over the exact federation of `conformance`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from conformance.setups import Setup
+from conformance.world import NUM_SAMPLES, FakeEngine, Federation
+
+from fedllm.config import TrainingConfig
+from fedllm.executors import InlineExecutor
+from fedllm.federation import FitRequest, FitResult, Plan, Progress
+from fedllm.simulation import EventQueue, Loop, Population, Round
+from fedllm.system import Ideal, World
+
+PERIOD_S = 100.0
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Client k is there from 7 k s to 7 k + 60 s of every 100 s; everything takes time."""
+
+    pace: Mapping[int, float] = field(default_factory=dict)
+    """Seconds of a local step of each client; 1 where not given."""
+    absent: frozenset[int] = frozenset()
+    """Clients that never come."""
+
+    def window(self, cid: int, time_s: float) -> tuple[float, float] | None:
+        if cid in self.absent:
+            return None
+        open_s = 7.0 * cid
+        while open_s + 60.0 <= time_s:
+            open_s += PERIOD_S
+        return open_s, open_s + 60.0
+
+    def fit_s(self, cid: int, steps: int) -> float:
+        return steps * self.pace.get(cid, 1.0)
+
+    def download_s(self, cid: int, nbytes: int) -> float:
+        return nbytes / 1e4
+
+    def upload_s(self, cid: int, nbytes: int) -> float:
+        return nbytes / 2e3
+
+
+@dataclass
+class CountingEngine(FakeEngine):
+    """Remembers whose fits were asked for together."""
+
+    calls: list[list[tuple[int, str]]] = field(default_factory=list)
+
+    def train(
+        self, requests: Sequence[FitRequest], progress: Progress | None = None
+    ) -> list[FitResult]:
+        self.calls.append([(request.job.cid, request.tag) for request in requests])
+        return super().train(requests, progress)
+
+
+def loop_of(
+    fed: Federation,
+    cohort_size: int = len(NUM_SAMPLES),
+    world: World | None = None,
+    queue: EventQueue | None = None,
+) -> Loop:
+    """Return the loop over this federation's server and client, with the same seed and plan."""
+    training = TrainingConfig(local_steps=fed.steps, learning_rate=fed.learning_rate)
+    return Loop(
+        server=fed.server,
+        client=fed.client,
+        world=world or Ideal(),
+        executor=InlineExecutor(fed.engine, fed.client),
+        plan=Plan(training, rounds=10),
+        population=Population(list(NUM_SAMPLES.values())),
+        cohort_size=cohort_size,
+        seed=fed.seed,
+        store=fed.store,
+        queue=EventQueue() if queue is None else queue,
+    )
+
+
+def build(setup: Setup, **options: Any) -> Federation:
+    """Return a federation whose engine counts."""
+    return setup.build(engine=CountingEngine(), **options)
+
+
+def fate(loop: Loop) -> dict[str, Any]:
+    """Return everything that two equal runs must have in common, tensors as digests."""
+    server, store = loop.server, loop.store
+    view = server.view()
+    return {
+        "version": server.version,
+        "adapter": view.adapter.digest(),
+        "base": {
+            m: (p.b.numpy().tobytes(), p.a.numpy().tobytes())
+            for m, p in view.base.as_products().items()
+        },
+        "kept": {
+            cid: {n: t.numpy().tobytes() for n, t in store.get(cid).items()}
+            for cid in store.clients()
+        },
+        "contacts": dict(server.contacts),
+        "changed": dict(server.changed),
+    }
+
+
+def told(rounds: Sequence[Round]) -> list[Any]:
+    """Return what rounds tell of themselves that the seed decides."""
+    return [(r.number, r.time_s, list(r.ledger), list(r.events)) for r in rounds]
