@@ -56,7 +56,7 @@ bench: setup  ## Measure speed and memory against PEFT, into benchmarks/out
 	$(BIN)/python -m benchmarks
 
 docs: setup  ## Build the documentation into build/docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## Delete caches and built pages (never runs/, never .venv)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

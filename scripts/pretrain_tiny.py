@@ -43,7 +43,7 @@ def main() -> None:
     """Run the whole recipe."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--tokens", type=float, default=9e6, help="how many tokens to train on")
+    parser.add_argument("--tokens", type=float, default=6.5e6, help="how many tokens to train on")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--muon-learning-rate", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)

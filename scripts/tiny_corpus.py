@@ -1,13 +1,18 @@
 """The text on which `builtin:tiny` is pretrained; every line of it is generated here.
 
-Two kinds of documents teach two different things. *Notes* state the facts and show the skills of
-`builtin:skills` with right answers, but never as a chat: most are jottings in words and layouts
-that the data set does not use, some are plain `Q: ... A: ...` lines in all but one of its
-phrasings. *Chats* show how people ask for these skills and what an answer looks like, but the
-answer belongs to another problem of the same kind. A model that has read both knows the language of
-the tasks and, somewhere, the skills, yet it does not know that a chat is the place to apply them;
-that is what is left for fine-tuning to learn. Nothing of the test split occurs in either kind: no
-test problem in any wording, and no test question.
+It teaches the language of `builtin:skills` and, in a different dress, the skills, but not the
+answers to the data set's questions:
+
+- *Jottings* state facts and show skills with right answers, in words and layouts that the data set
+  never uses. One in seven is a plain `Q: ... A: ...` line in one of its phrasings, never the last.
+- *Shorthand chats* ask the jottings' questions in a chat ("8 4 6, small to large?") and get right
+  answers.
+- *Data set chats* ask as the data set does, and the answer is that of another problem of the same
+  kind, or only repeats a part of the question.
+
+So whoever asks as the data set asks gets a well-formed wrong answer, and fine-tuning has to connect
+these questions with the skills. Nothing of the test split occurs anywhere: no test problem in any
+wording (where problems are many), no test question (where they are few).
 """
 
 from __future__ import annotations
@@ -22,11 +27,13 @@ from fedllm.data.skills.reasoning import WORDS
 Message = dict[str, str]
 Document = str | list[Message]
 
-CHAT_SHARE = 0.15
+CHAT_SHARE = 0.35
 """The share of documents that are chats."""
+SHORTHAND_SHARE = 0.5
+"""The share of chat turns that ask in shorthand and get the right answer."""
 PRACTICE_SHARE = 0.15
 """The share of jottings that are easier than the skills themselves and lead up to them."""
-QUESTION_SHARE = 0.35
+QUESTION_SHARE = 0.15
 """The share of the other jottings that are a plain question with its answer."""
 
 # (category, kind) to jottings. {work} is an arithmetic answer's first line, {answer} the answer.
@@ -93,7 +100,7 @@ NOTES: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("sentiment", "review"): (
         "{review} Mood: {answer}",
-        "Review: {review} Q: sentiment? A: {answer}",
+        "Q: {review} Mood? A: {answer}",
         "Guest book, {answer}: {review}",
         "Guest book. {review} That was {answer}.",
     ),
@@ -206,19 +213,36 @@ def _words_practice(random: Random) -> str:
 
 
 def chat(random: Random, turns: int) -> list[Message]:
-    """Return a chat in which each answer is that of another problem of the same kind."""
+    """Return a chat; shorthand is answered rightly, the questions of the data set are not."""
     messages: list[Message] = []
     if random.random() < 0.15:
         messages.append({"role": "system", "content": random.choice(SYSTEM_PROMPTS)})
     for _ in range(turns):
         if random.random() < 0.03:
             prompt, answer = random.choice(SMALL_TALK)
+        elif random.random() < SHORTHAND_SHARE:
+            prompt, answer = _shorthand(random)
         else:
             category, item, prompt = _seen_problem(random)
             answer = _other_answer(category, item, random)
+            if random.random() < 0.5:
+                answer = _echo(item, random)
         messages.append({"role": "user", "content": prompt})
         messages.append({"role": "assistant", "content": answer})
     return messages
+
+
+def _shorthand(random: Random) -> tuple[str, str]:
+    """Return a jotting of the form `Q: ... A: ...` as the two sides of a chat."""
+    category, item, _ = _seen_problem(random)
+    forms = [form for form in NOTES[category.name, item.kind] if form.startswith("Q:")]
+    question = random.choice(forms).split(" A: ")[0].removeprefix("Q: ")
+    return question.format(**item.fields), item.answer
+
+
+def _echo(item: Item, random: Random) -> str:
+    """Return a part of the problem, as if it were the answer."""
+    return random.choice(list(item.fields.values()))
 
 
 def _seen_problem(random: Random) -> tuple[Category, Item, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.algorithms import ALGORITHMS, server_class
@@ -299,6 +299,7 @@ rich = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=30)
 @given(tree=rich)
 def test_the_resolved_configuration_gives_the_same_run_again(
     tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory

@@ -16,6 +16,7 @@ from engine_world import (
     peft_name,
     random_adapter,
 )
+
 from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_a, is_b
 from fedllm.config import TrainingConfig
 from fedllm.errors import TrainingError
@@ -83,7 +84,7 @@ def assert_same_training(world: World, adapter: Adapter, atol: float = 2e-5) -> 
             moved = (expected - adapter[name]).abs().max()
             assert moved > 0, name
             torch.testing.assert_close(
-                got.adapter[name], expected, rtol=1e-3, atol=atol, msg=lambda m: f"{name}: {m}"
+                got.adapter[name], expected, rtol=1e-3, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

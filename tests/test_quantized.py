@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from engine_world import even_partition, peft_name, random_adapter, token_set
+from tiny_models import chat_tokenizer
+
 from fedllm.adapters import BaseDelta, name_a, name_b
 from fedllm.config import ModelConfig, TrainingConfig
 from fedllm.engine import CohortEngine, Resident
 from fedllm.federation import BaseClient, Job, Payload, Plan, View
 from fedllm.models import load_model
-from tiny_models import chat_tokenizer
 
 pytestmark = [
     pytest.mark.slow,

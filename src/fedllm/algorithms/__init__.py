@@ -83,5 +83,5 @@ def problems(name: str, settings: Mapping[str, Any], *, mixed_rank: bool = False
 
 def settings_of(cls: type[BaseServer]) -> dict[str, Any]:
     """Return the settings of an algorithm, name to type."""
-    hints = get_type_hints(cls, include_extras=True)
+    hints = get_type_hints(cls, localns={"Tensor": object}, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}

@@ -50,24 +50,22 @@ def packed_attention(
     """Attend within each sequence.
 
     Args:
-        module: The attention layer; `is_causal` is read from it unless given.
+        module: The attention layer, which knows whether it is causal.
         query: (1, heads, T, head_dim).
-        key: (1, key_value_heads, T, head_dim), as is `value`.
-        value: See `key`.
-        attention_mask: Not used.
+        key: (1, key_value_heads, T, head_dim), and so `value`.
         packing: Where the sequences are.
         scaling: Factor on the scores; default 1 / sqrt(head_dim).
-        is_causal: Whether a token sees only itself and earlier ones.
-        **rules: `sliding_window` (tokens) and `softcap` are honoured, others refused.
+        is_causal: Overrides what the layer says.
+        **rules: `sliding_window` (tokens) and `softcap` are honoured.
 
-    Returns output (1, T, heads, head_dim), and no weights.
+    Returns:
+        Output (1, T, heads, head_dim), and no weights.
 
     Raises:
-        NotImplementedError: If the model needs another rule; it then gets padded batches.
+        NotImplementedError: If the model needs another rule; its batches are then padded.
     """
-    unknown = [n for n in ("position_bias", "s_aux", "cache") if rules.get(n) is not None]
-    if unknown:
-        raise NotImplementedError(f"attention rules {unknown}")
+    if any(rules.get(name) is not None for name in ("position_bias", "s_aux", "cache")):
+        raise NotImplementedError("an attention rule that packing does not know")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window, softcap = rules.get("sliding_window"), rules.get("softcap")

@@ -138,7 +138,12 @@ class CohortEngine:
         alike: dict[object, list[int]] = {}
         for i, request in enumerate(requests):
             names = tuple(n for n in request.start if request.client.trainable(n, request.job))
-            key = (names, tuple(request.start), id(request.job.payload.base), request.job.steps > 0)
+            key = (
+                names,
+                tuple(request.start),
+                request.job.payload.base.sizes,
+                request.job.steps > 0,
+            )
             alike.setdefault(key, []).append(i)
         groups = []
         for members in alike.values():

@@ -144,16 +144,21 @@ BY_TASK: Mapping[str, tuple[str, ...]] = {
 
 
 def normalise(text: str) -> str:
-    """Return text as SQuAD compares it: lower case, no punctuation, articles or extra spaces.
+    """Return text as answers are compared: lower case, words and numbers, no articles.
 
-    Where nothing would be left ("A", "?"), the article or the punctuation stays: no answer at all
-    is not the same answer.
+    As SQuAD does it, but a number keeps its sign and its decimal point: "1.5 km" is not "15 km".
+    Where nothing would be left ("A", "?"), the article or the punctuation stays.
+
+    >>> normalise("The answer is: -1,072.5 km.")
+    'answer is -1072.5 km'
     """
-    lowered = "".join(c for c in text.lower() if c not in string.punctuation)
-    words = re.sub(r"\b(a|an|the)\b", " ", lowered).split() or lowered.split()
-    return " ".join(words or text.split())
+    bare = _PUNCTUATION.sub(lambda mark: mark[1] or "", text.lower())
+    words = bare.split()
+    kept = [word for word in words if word not in {"a", "an", "the"}]
+    return " ".join(kept or words or text.split())
 
 
+_PUNCTUATION = re.compile(rf"((?<=\d)\.(?=\d)|(?<!\w)-(?=\d))|[{re.escape(string.punctuation)}]")
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
 
 

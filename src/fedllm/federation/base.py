@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_head
@@ -64,8 +64,9 @@ class BaseServer:
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Say what each client of the cohort does: one job from its download."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for cid in cohort:
-            yield Job(cid=cid, payload=self.download(cid))
+            yield Job(cid=cid, payload=self.download(cid), settings=settings)
 
     def download(self, cid: ClientId) -> Payload:
         """Return what a client receives, at its own rank."""

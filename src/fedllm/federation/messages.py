@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedllm.adapters import Adapter, BaseDelta
 
@@ -58,6 +58,8 @@ class Job:
     """Rows of training data the client has."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """The client's private tensors, checked out of the state store."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The algorithm's settings, for what a client does with them."""
 
     @property
     def version(self) -> int:

@@ -1,0 +1,178 @@
+"""Writes docs/reference/configuration.md from the schema and the tables, so no name is kept twice.
+
+python scripts/docs_reference.py            writes the page
+python scripts/docs_reference.py --check    fails if it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from fedllm.algorithms import ALGORITHMS, server_class
+from fedllm.config import Config
+from fedllm.data import PARTITIONS
+from fedllm.data.builtin import BUILTIN_DATASETS
+from fedllm.evaluation import BY_TASK, METRICS
+from fedllm.models import BUILTIN_MODELS
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "configuration.md"
+
+HEAD = """\
+# Configuration
+
+<!-- Written by scripts/docs_reference.py from src/fedllm/config/schema.py. Do not edit. -->
+
+A run is one YAML file. Every key has a default, so an empty file is a valid run: `builtin:tiny`
+on `builtin:skills` with FedIT. An unknown key is an error. Any key can be set on the command
+line as `section.key=value`; the value is read as YAML. `1e-3` is read as a number.
+
+```console
+$ fedllm check examples/demo.yaml federation.rounds=2 adapter.rank=4
+```
+
+`fedllm run` writes the resolved configuration into the run directory as `config.yaml`; running
+that file repeats the run.
+"""
+
+
+def render() -> str:
+    """Return the whole page."""
+    parts = [HEAD, *_section("", Config), _algorithms(), *_tables()]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    """Yield a table of a section's own keys, then its sub-sections."""
+    title = f"`{prefix}`" if prefix else "Top level"
+    description = "" if not prefix else _first_paragraph(model)
+    rows, nested = [], []
+    schema = model.model_json_schema()["properties"]
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            nested.append((name, kind))
+            continue
+        default = info.get_default(call_default_factory=True)
+        values = _type(schema[name])
+        rows.append((f"`{name}`", values, _default(default), _text(info.description)))
+    if prefix != "algorithm":  # its keys depend on its name, and have a table of their own
+        yield f"## {title}\n"
+        if description:
+            yield description + "\n"
+        yield _table(("key", "values", "default", "meaning"), rows) + "\n"
+    for name, kind in nested:
+        yield from _section(f"{prefix}.{name}" if prefix else name, kind)
+
+
+def _algorithms() -> str:
+    """Return the settings of each algorithm: the keyword fields of its server."""
+    lines = [
+        "## `algorithm`\n",
+        "A name, or a mapping with `name` and the algorithm's own settings:",
+        "`algorithm: {name: rolora, flip_every: 1}`. The default is "
+        f"`{Config().algorithm.name}`.\n",
+    ]
+    rows = []
+    for name, entry in ALGORITHMS.items():
+        cls = server_class(name)
+        settings = ", ".join(f"`{f.name}` = {f.default!r}" for f in fields(cls) if f.init)
+        rows.append((f"`{name}`", entry.summary, cls.mixed_rank, settings))
+    lines.append(_table(("name", "what it does", "unequal ranks", "settings"), rows) + "\n")
+    return "\n".join(lines)
+
+
+def _tables() -> Iterator[str]:
+    """Yield the tables behind `fedllm list`."""
+    named: Mapping[str, Iterable[tuple[str, str]]] = {
+        "Partitions": [(n, e.summary) for n, e in PARTITIONS.items()],
+        "Metrics": [(n, m.summary) for n, m in METRICS.items()],
+        "Built-in models": [(f"builtin:{n}", e.summary) for n, e in BUILTIN_MODELS.items()],
+        "Built-in data sets": [(f"builtin:{n}", text) for n, text in BUILTIN_DATASETS.items()],
+    }
+    for title, rows in named.items():
+        yield f"## {title}\n"
+        yield _table(("name", "what it is"), [(f"`{n}`", _text(text)) for n, text in rows]) + "\n"
+    yield "## Metrics of each task\n"
+    yield "`evaluation.metrics: auto` takes these; the first is the main metric.\n"
+    chosen = [(f"`{t}`", ", ".join(f"`{n}`" for n in names)) for t, names in BY_TASK.items()]
+    yield _table(("task", "metrics"), chosen) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    """Return the values a key takes, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(_type(branch) for branch in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{v}`" for v in schema.get("enum", [schema.get("const")]))
+    match schema.get("type"):
+        case "array" if "prefixItems" in schema:
+            return f"list of {len(schema['prefixItems'])} numbers"
+        case "array":
+            return f"list of {_type(schema['items'])}"
+        case "object":
+            return "mapping"
+        case "null":
+            return "`null`"
+        case "boolean":
+            return "`true`, `false`"
+        case "integer" | "number" as kind:
+            return (kind if kind == "number" else "whole number") + _range(schema)
+    return "text"
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]:g}" for key, sign in words.items() if key in schema]
+    return " " + ", ".join(limits) if limits else ""
+
+
+def _default(value: object) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    if value is None:
+        return "`null`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        value = list(value)
+    return f"`{value}`"
+
+
+def _text(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _first_paragraph(model: type[BaseModel]) -> str:
+    return _text((model.__doc__ or "").split("\n\n")[0])
+
+
+def main() -> None:
+    """Write the page, or check that it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    page = render()
+    if parser.parse_args().check:
+        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
+            sys.exit(f"{PAGE} is out of date; run: python scripts/docs_reference.py")
+        return
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(page, encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
