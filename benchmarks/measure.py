@@ -82,7 +82,7 @@ def show(title: str, rows: Mapping[str, Mapping[str, Any]], goals: Mapping[str, 
         table.add_column(column, justify="left" if column == "measure" else "right")
     for name, row in rows.items():
         spread = f"{row['lowest']}-{row['highest']}" if "lowest" in row else ""
-        value = row.get("ratio", row.get("value", ""))
+        value = row.get("ratio", row.get("bytes", ""))
         other, ours = row.get("other", ""), row.get("ours", "")
         table.add_row(name, str(value), str(ours), str(other), spread, goals.get(name, ""))
     Console(width=110).print(table)

@@ -62,7 +62,7 @@ def main() -> None:
             taken.append(start_up(clients))
     found: dict[str, Any] = {
         "clients_1000_vs_10": ratio(times[1000], times[10]),
-        "bytes_per_idle_client": {"value": round(idle_bytes(), 1), "runs": 1},
+        "bytes_per_idle_client": {"bytes": round(idle_bytes(), 1), "runs": 1},
     }
     show("Start-up, builtin:tiny on builtin:skills (seconds; bytes)", found, GOALS)
     print(write("startup", found))

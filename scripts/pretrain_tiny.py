@@ -2,7 +2,7 @@
 
     python scripts/pretrain_tiny.py --out src/fedllm/models/builtin/tiny
 
-It runs on a CPU in a quarter of an hour or so. The same seed gives the same tokenizer and the same
+It runs on one CPU core in a quarter of an hour or so. The same seed gives the same tokenizer and the same
 training data everywhere; the weights agree up to the rounding of the machine that trains them.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--muon-learning-rate", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

@@ -4,7 +4,7 @@ It teaches the language of `builtin:skills` and, in a different dress, the skill
 answers to the data set's questions:
 
 - *Jottings* state facts and show skills with right answers, in words and layouts that the data set
-  never uses. One in seven is a plain `Q: ... A: ...` line in one of its phrasings, never the last.
+  never uses. One in ten is a plain `Q: ... A: ...` line in one of its phrasings, never the last.
 - *Shorthand chats* ask the jottings' questions in a chat ("8 4 6, small to large?") and get right
   answers.
 - *Data set chats* ask as the data set does, and the answer is that of another problem of the same

@@ -129,9 +129,10 @@ class CohortEngine:
         place = rows[out.owners.cpu().numpy()]
         np.add.at(scores.loss_sum, place, out.losses.double().cpu().numpy())
         np.add.at(scores.count, place, 1)
-        assert out.choices is not None
-        np.add.at(scores.correct, place, (out.choices == out.targets).cpu().numpy())
-        scores.choice[place] = out.choices.cpu().numpy()
+        assert out.correct is not None
+        np.add.at(scores.correct, place, out.correct.cpu().numpy())
+        if out.choices is not None:
+            scores.choice[place] = out.choices.cpu().numpy()
 
     def _cohorts(self, requests: Sequence[FitRequest]) -> list[list[int]]:
         """Divide requests into cohorts that may share passes and fit into memory."""

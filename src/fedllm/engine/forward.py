@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedllm.engine import attention
-from fedllm.engine.objectives import PassOutput, cross_entropy
+from fedllm.engine.objectives import PassOutput, cross_entropy, is_likeliest
 from fedllm.engine.packing import Packing, Sequences, padded, positions, predicted
 
 
@@ -60,11 +60,12 @@ class Forward:
             targets = torch.from_numpy(sequences.classes.astype(np.int64))
             logits = self.class_logits(sequences)
         targets = targets.to(self.device)
+        trains = torch.is_grad_enabled()
         return PassOutput(
             losses=cross_entropy(logits, targets),
             owners=torch.from_numpy(owners).to(self.device),
-            targets=targets,
-            choices=None if torch.is_grad_enabled() else logits.argmax(dim=-1),
+            correct=None if trains else is_likeliest(logits, targets),
+            choices=None if trains or self.kind == "causal-lm" else logits.argmax(dim=-1),
         )
 
     def token_logits(self, sequences: Sequences, at: np.ndarray) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _CHUNK = 4096
 
@@ -22,8 +23,8 @@ class _TokenLoss(torch.autograd.Function):
         for start in range(0, len(targets), _CHUNK):
             part = slice(start, start + _CHUNK)
             wide = logits[part].float()
-            normaliser[part] = torch.logsumexp(wide, dim=-1)
-            losses[part] = normaliser[part] - wide.gather(1, targets[part, None]).squeeze(1)
+            losses[part] = F.cross_entropy(wide, targets[part], reduction="none")
+            normaliser[part] = losses[part] + wide.gather(1, targets[part, None]).squeeze(1)
         ctx.save_for_backward(logits, targets, normaliser)
         return losses
 
@@ -46,6 +47,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return whether each row's target has the largest logit, bool (n,); ties count."""
+    return logits.gather(1, targets[:, None]).squeeze(1) >= logits.amax(dim=-1)
+
+
 @dataclass(frozen=True)
 class PassOutput:
     """What a pass produces: one entry for each predicted token or each sequence."""
@@ -54,7 +60,7 @@ class PassOutput:
     """fp32 (n,)."""
     owners: Tensor
     """int (n,): the sequence of the pass that an entry belongs to."""
-    targets: Tensor
-    """int (n,): the right token or class."""
+    correct: Tensor | None
+    """bool (n,): whether nothing is likelier than the right token or class; None in training."""
     choices: Tensor | None
-    """int (n,): the most likely token or class; not worked out while training."""
+    """int (n,): the likeliest class; None in training and for tokens."""

@@ -116,7 +116,9 @@ def _classes(evidence: Evidence, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("mean cross-entropy of held-out answers, nats a token", "tokens", _loss, False),
     "perplexity": Metric("exp(loss)", "tokens", _perplexity, False),
-    "token_accuracy": Metric("answer tokens that are the likeliest next token", "tokens", _tokens),
+    "token_accuracy": Metric(
+        "answer tokens that no other token is likelier than", "tokens", _tokens
+    ),
     "accuracy": Metric("rows whose class is right", "classes", _class_accuracy),
     "macro_f1": Metric("F1 of each class, averaged (scikit-learn)", "classes", _macro_f1),
     "final_number": Metric(
