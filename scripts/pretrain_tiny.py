@@ -2,8 +2,8 @@
 
     python scripts/pretrain_tiny.py --out src/fedllm/models/builtin/tiny
 
-It runs on one CPU core in a quarter of an hour or so. The same seed gives the same tokenizer and the same
-training data everywhere; the weights agree up to the rounding of the machine that trains them.
+It runs on one CPU core in a quarter of an hour or so. The same seed gives the same tokenizer and
+the same training data everywhere; the weights agree up to the rounding of the training machine.
 """
 
 from __future__ import annotations

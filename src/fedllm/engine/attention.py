@@ -10,7 +10,7 @@ padded inside the attention only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +64,7 @@ def packed_attention(
     Raises:
         NotImplementedError: If the model needs another rule; its batches are then padded.
     """
-    if any(rules.get(name) is not None for name in ("position_bias", "s_aux", "cache")):
-        raise NotImplementedError("an attention rule that packing does not know")
+    _refuse(rules)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window, softcap = rules.get("sliding_window"), rules.get("softcap")
@@ -75,6 +74,12 @@ def packed_attention(
         query, key, value, packing.runs, scale, causal, window, softcap
     )
     return out, None
+
+
+def _refuse(rules: Mapping[str, Any]) -> None:
+    for name in ("position_bias", "s_aux", "cache"):
+        if rules.get(name) is not None:
+            raise NotImplementedError(f"packing does not know the attention rule '{name}'")
 
 
 def _one_batch(
