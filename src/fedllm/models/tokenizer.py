@@ -12,6 +12,9 @@ from fedllm.models.quiet import quiet
 from fedllm.models.sources import locate, reported
 
 
+_VOCABULARIES = ("tokenizer*", "vocab*", "*.tiktoken", "spiece*", "sentencepiece*", "tekken*")
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; of the model itself nothing but small files is read.
 
@@ -29,13 +32,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def tokenizer_in(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer from a folder that `locate` found; raises as `load_tokenizer` does."""
     remedy = "Put its tokenizer files (tokenizer.json, tokenizer_config.json) into the folder."
+    if not any(found for pattern in _VOCABULARIES for found in folder.glob(pattern)):
+        raise ModelError(
+            f"Cannot load a tokenizer from '{config.path}': it has no vocabulary. {remedy}"
+        )
     with quiet(), reported(f"load a tokenizer from '{config.path}'", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
     # some classes come up without a vocabulary file, knowing their special tokens and no text
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-        raise ModelError(f"'{config.path}' has a tokenizer without a vocabulary. {remedy}")
+        raise ModelError(f"'{config.path}' has a tokenizer with no vocabulary. {remedy}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding(tokenizer, config.path)
     return tokenizer
