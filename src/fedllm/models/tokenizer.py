@@ -11,7 +11,6 @@ from fedllm.errors import ModelError
 from fedllm.models.quiet import quiet
 from fedllm.models.sources import locate, reported
 
-
 _VOCABULARIES = ("tokenizer*", "vocab*", "*.tiktoken", "spiece*", "sentencepiece*", "tekken*")
 
 
