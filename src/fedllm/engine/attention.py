@@ -11,6 +11,7 @@ padded inside the attention only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -219,7 +220,14 @@ def _weights(
 
 def _hidden(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """Return True where query (row) must not see key (column), (length, length)."""
-    position = torch.arange(length, device=device)
+    # the rule depends on distance alone, so a corner of a larger mask is the mask of a shorter one
+    size = 1 << max(length - 1, 63).bit_length()
+    return _square(size, causal, window, device)[:length, :length]
+
+
+@lru_cache(maxsize=8)
+def _square(size: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    position = torch.arange(size, device=device)
     ahead = position[None, :] - position[:, None]
     hidden = ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)
     if window is not None:
