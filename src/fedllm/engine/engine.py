@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,15 +65,8 @@ class CohortEngine:
     def score(self, views: Sequence[View], tokens: TokenSet) -> Scores:
         """Return the loss and correctness of each asked-for row under its view, in one sweep."""
         scores = Scores.empty(len(tokens))
-        for start in range(0, len(views), _VIEWS_AT_ONCE):
-            chunk = [v for v in views[start : start + _VIEWS_AT_ONCE] if len(v.rows)]
-            if not chunk:
-                continue
-            active = self.activate([v.adapter for v in chunk], chunk[0].base)
-            rows = np.concatenate([v.rows for v in chunk])
-            owners = np.repeat(np.arange(len(chunk)), [len(v.rows) for v in chunk])
-            padded = not self.resident.is_packed
-            limit = self.resident.tokens_per_pass * 2
+        padded, limit = not self.resident.is_packed, self.resident.tokens_per_pass * 2
+        for active, rows, owners in self._activated(views):
             for part in split(tokens.lengths[rows], owners, limit, is_padded=padded):
                 self._score_pass(active, tokens, rows[part], owners[part], scores)
         return scores
@@ -89,17 +82,24 @@ class CohortEngine:
     ) -> dict[int, str]:
         """Return the greedy answer to the prompt of each asked-for row, by row."""
         answers: dict[int, str] = {}
-        for start in range(0, len(views), _VIEWS_AT_ONCE):
-            chunk = [v for v in views[start : start + _VIEWS_AT_ONCE] if len(v.rows)]
-            if not chunk:
-                continue
-            active = self.activate([v.adapter for v in chunk], chunk[0].base)
-            rows = np.concatenate([v.rows for v in chunk])
-            owners = np.repeat(np.arange(len(chunk)), [len(v.rows) for v in chunk])
-            answers |= generate(
-                self.resident, active, tokens, rows, owners, max_new_tokens, batch_size, progress
+        for active, rows, owners in self._activated(views):
+            batches = generate(
+                self.resident, active, tokens, rows, owners, max_new_tokens, batch_size
             )
+            for batch in batches:
+                answers |= batch
+                if progress is not None:
+                    progress(len(answers))
         return answers
+
+    def _activated(self, views: Sequence[View]) -> Iterator[tuple[Active, np.ndarray, np.ndarray]]:
+        """Yield some views at a time: their adapters, their rows and the owner of each row."""
+        asked = [view for view in views if len(view.rows)]
+        for start in range(0, len(asked), _VIEWS_AT_ONCE):
+            chunk = asked[start : start + _VIEWS_AT_ONCE]
+            rows = np.concatenate([view.rows for view in chunk])
+            owners = np.repeat(np.arange(len(chunk)), [len(view.rows) for view in chunk])
+            yield self.activate([view.adapter for view in chunk], chunk[0].base), rows, owners
 
     def activate(self, adapters: Sequence[Adapter], base: BaseDelta) -> Active:
         """Return the adapters, one a row, ready to be applied without training."""
@@ -156,10 +156,21 @@ class CohortEngine:
         """Return how many clients fill a pass, within the memory limit."""
         rows = np.concatenate([self._shards.rows(r.job.cid) for r in requests])
         mean_tokens = float(self.tokens.lengths[rows].mean()) if len(rows) else 1.0
-        per_step = max(mean_tokens * self.plan.rows_per_step, 1.0)
-        row_bytes = 16 * max(sum(t.numel() for t in r.start.tensors.values()) for r in requests)
-        fitting = max(int(_ROW_BYTES_LIMIT // max(row_bytes, 1)), 1)
-        return max(1, min(round(self.resident.tokens_per_pass / per_step), fitting))
+        per_step = mean_tokens * self.plan.rows_per_step
+        trained = max(sum(t.numel() for t in r.start.tensors.values()) for r in requests)
+        return clients_at_once(self.resident.tokens_per_pass, per_step, trained)
+
+
+def clients_at_once(tokens_per_pass: int, step_tokens: float, trained: int) -> int:
+    """Return how many clients train together: as fill a pass, within 1 GiB of their own.
+
+    Args:
+        tokens_per_pass: Tokens that a pass holds.
+        step_tokens: Mean tokens of a client's step.
+        trained: Adapter parameters of a client.
+    """
+    fitting = _ROW_BYTES_LIMIT // max(16 * trained, 1)
+    return int(max(1, min(round(tokens_per_pass / max(step_tokens, 1.0)), fitting)))
 
 
 def _untrained(request: FitRequest) -> FitResult:

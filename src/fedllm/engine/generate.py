@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +26,8 @@ def generate(
     owners: np.ndarray,
     max_new_tokens: int,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
-) -> dict[int, str]:
-    """Return the answer to the prompt of each row, up to its end of turn.
+) -> Iterator[dict[int, str]]:
+    """Yield the answers to the prompts of some rows at a time, each up to its end of turn.
 
     Prompts are batched by length, so little is padded; a sequence that has ended leaves the batch.
 
@@ -40,18 +39,12 @@ def generate(
         owners: int (n,): the client of each row.
         max_new_tokens: Longest answer.
         batch_size: Prompts at once.
-        progress: Called with the number of answers finished so far.
     """
-    answers: dict[int, str] = {}
     order = np.argsort(tokens.prompt_lengths[rows], kind="stable")
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         part = part[np.argsort(owners[part], kind="stable")]
-        batch = _Batch(resident, active, tokens, rows[part], owners[part])
-        answers |= batch.run(max_new_tokens)
-        if progress is not None:
-            progress(len(answers))
-    return answers
+        yield _Batch(resident, active, tokens, rows[part], owners[part]).run(max_new_tokens)
 
 
 class _Batch:

@@ -196,7 +196,7 @@ def memory(config: Config, shapes: Shapes, dataset: Dataset, base_bytes: int) ->
     parameters, b bytes of a number in the base's dtype, T tokens in a pass, L layers, hidden h,
     MLP m, S supervised tokens in the pass and V words (logits, in fp32 and with their gradient).
     """
-    from fedllm.engine.resident import TOKENS_PER_PASS
+    from fedllm.engine import TOKENS_PER_PASS, clients_at_once
     from fedllm.models import resolve_device, resolve_dtype
 
     device = resolve_device(config.model.device)
@@ -205,11 +205,11 @@ def memory(config: Config, shapes: Shapes, dataset: Dataset, base_bytes: int) ->
     limit = TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS["cuda"]) if asked == "auto" else asked
     lengths = dataset.train.lengths
     step_tokens = float(lengths.mean()) * plan_of(config).rows_per_step
-    together = max(1, min(round(limit / max(step_tokens, 1.0)), config.federation.cohort))
-    tokens = int(min(max(limit, lengths.max()), together * step_tokens))
-    supervised = tokens * float(dataset.train.supervised.mean())
     trained = sum(sum(shape) for shape in shapes.modules.values()) * config.adapter.max_rank
     trained += sum(int(np.prod(shape)) for shape in shapes.heads.values())
+    together = min(clients_at_once(limit, step_tokens, trained), config.federation.cohort)
+    tokens = int(min(max(limit, lengths.max()), together * step_tokens))
+    supervised = tokens * float(dataset.train.supervised.mean())
     per_token = shapes.layers * (10 * shapes.hidden + 4 * shapes.intermediate) * item
     return Memory(
         base_bytes=base_bytes,
