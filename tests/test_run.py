@@ -390,6 +390,7 @@ def test_a_restored_run_evaluates_to_its_last_metrics(
     assert json.loads(json.dumps(found.record)) == wanted
     told = lines(path / "predictions" / "2.jsonl")
     assert list(found.predictions) == told
+    assert all(line["prompt"] for line in told)
     assert ("personal" in wanted) is (algorithm == "fedsa-lora")
 
 

@@ -45,6 +45,8 @@ class Evaluator:
     label_names: Sequence[str]
     config: EvaluationConfig
     seed: int
+    prompts: Sequence[str] = ()
+    """What each test row asks, for the predictions file."""
 
     def __post_init__(self) -> None:
         wrong = [unknown("metric", n, METRICS) for n in self.names if n not in METRICS]
@@ -179,6 +181,7 @@ class Evaluator:
                 "row": row,
                 "client": int(owner[row]),
                 "view": scope,
+                **({"prompt": self.prompts[row]} if self.prompts else {}),
                 "reference": evidence.references[row],
             }
             if row in evidence.answers:

@@ -200,6 +200,7 @@ def _evaluator(
         label_names=dataset.label_names,
         config=config.evaluation,
         seed=config.seed,
+        prompts=[row.subject for row in dataset.rows.test],
     )
 
 
