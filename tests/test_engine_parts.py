@@ -18,11 +18,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from fedllm.adapters import Adapter, algebra, initial, is_b
 from fedllm.config import TrainingConfig
 from fedllm.engine.buffers import Buffer, Layout, common_shapes, low_ranks
+from fedllm.engine.lora import Active
 from fedllm.engine.norm import FrozenRMSNorm, replace_rms_norms
 from fedllm.engine.objectives import cross_entropy
 from fedllm.engine.optimizer import FlatOptimizer, clip_rows
 from fedllm.engine.packing import (
     Packing,
+    Segment,
     Sequences,
     padded,
     positions,
@@ -31,6 +33,7 @@ from fedllm.engine.packing import (
     segments,
     split,
 )
+from fedllm.errors import ModelError
 
 lengths_of = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -387,3 +390,11 @@ def test_low_rank_factors_are_views_of_the_buffer_with_their_own_scaling() -> No
     assert all(
         buffer.layout.view(buffer.data, n).abs().sum() == 0 for n in given_adapters[0] if is_b(n)
     )
+
+
+def test_a_layer_that_sees_only_some_tokens_is_a_model_error() -> None:
+    active = Active(by_token=[Segment(0, 0, 9)], by_sequence=[Segment(0, 0, 2), Segment(1, 2, 4)])
+    assert active.segments(9) == active.by_token
+    assert active.segments(8) == [Segment(0, 0, 4), Segment(1, 4, 8)]
+    with pytest.raises(ModelError, match=r"adapter\.targets"):
+        active.segments(7)

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from fedllm.engine.low_rank import Delta, LowRank, LowRankPath
 from fedllm.engine.packing import Segment
+from fedllm.errors import ModelError
 
 
 @dataclass
@@ -50,8 +51,9 @@ class Active:
             return self.by_token
         total = self.by_sequence[-1].end
         if size % total:
-            raise NotImplementedError(
-                f"a layer sees {size} rows where the pass has {total} sequences"
+            raise ModelError(
+                f"an adapted layer sees {size} rows where the pass has {total} sequences, as layers"
+                " inside routed experts do. Set adapter.targets to layers outside of them"
             )
         each = size // total
         return [Segment(s.row, s.start * each, s.end * each) for s in self.by_sequence]
