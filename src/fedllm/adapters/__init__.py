@@ -1,21 +1,64 @@
 """Adapters and their algebra."""
 
-from fedllm.adapters import algebra
-from fedllm.adapters.adapter import Adapter, Product, fresh, initial
+from fedllm.adapters import algebra, alignment, clustering, factoring, linear, measure
+from fedllm.adapters.adapter import Adapter, Product, Routing, fresh, initial
 from fedllm.adapters.base_delta import BaseDelta
-from fedllm.adapters.names import is_a, is_b, is_head, module_of, name_a, name_b
+from fedllm.adapters.names import (
+    in_slot,
+    is_a,
+    is_b,
+    is_core,
+    is_gain,
+    is_head,
+    is_index,
+    is_note,
+    is_router,
+    is_values,
+    layer_of,
+    module_of,
+    name_a,
+    name_b,
+    name_core,
+    name_gain,
+    name_index,
+    name_router,
+    name_values,
+    note,
+    slot_of,
+)
 
 __all__ = [
     "Adapter",
     "BaseDelta",
     "Product",
+    "Routing",
     "algebra",
+    "alignment",
+    "clustering",
+    "factoring",
     "fresh",
+    "in_slot",
     "initial",
     "is_a",
     "is_b",
+    "is_core",
+    "is_gain",
     "is_head",
+    "is_index",
+    "is_note",
+    "is_router",
+    "is_values",
+    "layer_of",
+    "linear",
+    "measure",
     "module_of",
     "name_a",
     "name_b",
+    "name_core",
+    "name_gain",
+    "name_index",
+    "name_router",
+    "name_values",
+    "note",
+    "slot_of",
 ]

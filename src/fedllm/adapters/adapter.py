@@ -8,7 +8,22 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedllm.adapters.lazy import LazyModule
-from fedllm.adapters.names import is_a, is_b, is_head, module_of, name_a, name_b
+from fedllm.adapters.names import (
+    in_slot,
+    is_a,
+    is_b,
+    is_head,
+    is_on_path,
+    layer_of,
+    module_of,
+    name_a,
+    name_b,
+    name_core,
+    name_gain,
+    name_index,
+    name_values,
+    slot_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,17 +44,32 @@ class Product(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Named tensors, possibly only some of them, and alpha / r of every module.
+class Routing:
+    """How a router weighs the paths of its layer: softmax, keep the largest, sum to 1 again."""
 
-    The effective weight of a module is W + scaling * B @ A, with A (r, in) and B (out, r). The
-    tensors are shared, not copied, and never written to.
+    slots: tuple[str, ...]
+    """The slot of the path that each output of the router stands for; a slot may have several."""
+    top: int
+    """How many outputs are kept."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Named tensors, possibly only some of them, and alpha / r of every path.
+
+    A layer computes W x + sum over its paths of g * scaling * B @ core @ A x, with A (r, in), B
+    (out, r), core (r, r) the identity where there is none, and g the router's weight (1 without a
+    router) times the gain. The tensors are shared, not copied, and never written to.
     """
 
     tensors: Mapping[str, Tensor]
     """Name (see `fedllm.adapters.names`) to tensor."""
     scaling: Mapping[str, float] = field(default_factory=dict)
-    """Module to alpha / r (or alpha / sqrt(r))."""
+    """Path to alpha / r (or alpha / sqrt(r))."""
+    routing: Routing | None = None
+    """How routers choose, if layers have one."""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Layer to (out, in) of its weight, for layers with a sparse change."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -55,8 +85,13 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The adapted modules of which at least one factor is here, in order."""
-        return tuple(dict.fromkeys(module_of(n) for n in self.tensors if not is_head(n)))
+        """The low-rank paths of which at least one tensor is here, in order."""
+        return tuple(dict.fromkeys(module_of(n) for n in self.tensors if is_on_path(n)))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of which at least one tensor is here, in order."""
+        return tuple(dict.fromkeys(layer_of(n) for n in self.tensors if not is_head(n)))
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -70,20 +105,32 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module; 0 if no factor is here."""
+        """The largest rank of any path; 0 if no factor is here."""
         return max((self.rank_of(m) for m in self.modules), default=0)
 
     def rank_of(self, module: str) -> int:
-        """Return the rank r of a module."""
-        if name_a(module) in self.tensors:
-            return self.tensors[name_a(module)].shape[0]
-        return self.tensors[name_b(module)].shape[1]
+        """Return the rank r of a path."""
+        for name, side in ((name_a(module), 0), (name_b(module), 1), (name_core(module), 0)):
+            if name in self.tensors:
+                return self.tensors[name].shape[side]
+        return 0
 
     def product(self, module: str) -> Product:
-        """Return the update of a module, scaling * B @ A, as factors."""
-        return Product(
-            self.tensors[name_b(module)], self.tensors[name_a(module)] * self.scaling[module]
-        )
+        """Return the update of a path, gain * scaling * B @ core @ A, as factors."""
+        b, a = self.tensors[name_b(module)], self.tensors[name_a(module)] * self.scaling[module]
+        if name_core(module) in self.tensors:
+            b = b @ self.tensors[name_core(module)]
+        if name_gain(module) in self.tensors:
+            b = b * self.tensors[name_gain(module)]
+        return Product(b, a)
+
+    def sparse(self, layer: str) -> Tensor:
+        """Return the sparse change of a layer, written out as (out, in)."""
+        values, index = self.tensors[name_values(layer)], self.tensors[name_index(layer)]
+        rows, columns = self.shapes[layer]
+        flat = values.new_zeros(rows * columns)
+        flat[index.long()] = values
+        return flat.view(rows, columns)
 
     def select(self, keep: Callable[[str], bool]) -> Adapter:
         """Return the part whose names satisfy `keep`."""
@@ -92,6 +139,21 @@ class Adapter:
     def overlaid(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """Return this adapter with some of its tensors replaced (or added)."""
         return replace(self, tensors={**self.tensors, **tensors})
+
+    def moved(self, slot: str, of: str = "") -> Adapter:
+        """Return the tensors of slot `of`, named as those of another slot ("": the plain one)."""
+        here = {n: t for n, t in self.tensors.items() if slot_of(n) == of}
+        scaling = {in_slot(m, slot): s for m, s in self.scaling.items() if slot_of(m) == of}
+        return Adapter({in_slot(n, slot): t for n, t in here.items()}, scaling, self.routing)
+
+    def joined(self, other: Adapter) -> Adapter:
+        """Return this adapter with the paths of another one added (or replaced)."""
+        return replace(
+            self,
+            tensors={**self.tensors, **other.tensors},
+            scaling={**self.scaling, **other.scaling},
+            routing=other.routing or self.routing,
+        )
 
     def digest(self) -> str:
         """Return a SHA-256 over names, shapes, bytes and scalings: equal adapters, equal text."""
@@ -102,6 +164,8 @@ class Adapter:
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         for module in sorted(self.scaling):
             sha.update(f"{module}{self.scaling[module]!r}".encode())
+        if self.routing is not None:
+            sha.update(repr(self.routing).encode())
         return sha.hexdigest()
 
 
@@ -129,7 +193,7 @@ def initial(
 
 
 def fresh(like: Adapter, seed: int) -> Adapter:
-    """Return an adapter of the same shapes with a newly drawn A and B = 0; heads stay."""
+    """Return an adapter of the same shapes with a newly drawn A and B = 0; the rest stays."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in like.tensors.items():
         if is_a(name):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedllm.adapters.adapter import Adapter, Product
 from fedllm.adapters.lazy import LazyModule
-from fedllm.adapters.names import is_a, is_b, is_head, module_of, name_a, name_b
+from fedllm.adapters.names import is_a, is_b, is_core, is_note, module_of, name_a, name_b
 
 if TYPE_CHECKING:
     import torch
@@ -31,31 +31,28 @@ def normalised(parts: Weighted) -> list[tuple[float, Adapter]]:
 
 
 def stack(parts: Weighted) -> dict[str, Product]:
-    """Return sum_k w_k s_k B_k A_k of every module, exactly, as one product of rank sum_k r_k.
+    """Return sum_k w_k s_k B_k A_k of every path, exactly, as one product of rank sum_k r_k.
 
     Weights and scalings go into A, so unequal ranks and scalings need no care (FLoRA, eq. 4). A
-    participant that lacks a module adds nothing to it.
+    participant that lacks a path adds nothing to it. A core or gain goes into B.
     """
-    products = {}
-    for module, owners in _owners(parts).items():
-        b = torch.cat([adapter[name_b(module)] for _, adapter in owners], dim=1)
-        a = [adapter[name_a(module)] * (w * adapter.scaling[module]) for w, adapter in owners]
-        products[module] = Product(b, torch.cat(a))
-    return products
+    return {path: stacked(path, owners) for path, owners in owners_of(parts).items()}
 
 
 def mean_products(parts: Weighted) -> dict[str, Product]:
-    """Return the stack with weights that sum to 1 for each module over those that sent it."""
-    products: dict[str, Product] = {}
-    for module, owners in _owners(parts).items():
-        names = (name_a(module), name_b(module))
-        own = [(w, adapter.select(names.__contains__)) for w, adapter in owners]
-        products |= stack(normalised(own))
-    return products
+    """Return the stack with weights that sum to 1 for each path over those that sent it."""
+    return {path: stacked(path, normalised(own)) for path, own in owners_of(parts).items()}
 
 
-def _owners(parts: Weighted) -> dict[str, list[tuple[float, Adapter]]]:
-    """Return the participants that sent each module."""
+def stacked(path: str, owners: Weighted) -> Product:
+    """Return the stack of one path over participants that all have it."""
+    b = torch.cat([adapter.product(path).b for _, adapter in owners], dim=1)
+    a = [adapter[name_a(path)] * (w * adapter.scaling[path]) for w, adapter in owners]
+    return Product(b, torch.cat(a))
+
+
+def owners_of(parts: Weighted) -> dict[str, list[tuple[float, Adapter]]]:
+    """Return the participants that sent each path, with their weights as they are."""
     owners: dict[str, list[tuple[float, Adapter]]] = {}
     for weight, adapter in parts:
         for module in adapter.modules:
@@ -67,9 +64,9 @@ def pad(adapter: Adapter, rank: int) -> Adapter:
     """Return the adapter with zero rows of A and columns of B up to `rank`; the product stays."""
     tensors = {}
     for name, tensor in adapter.tensors.items():
-        if is_a(name):
+        if is_a(name) or is_core(name):
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
-        elif is_b(name):
+        if is_b(name) or is_core(name):
             tensor = torch.nn.functional.pad(tensor, (0, rank - tensor.shape[1]))
         tensors[name] = tensor
     return replace(adapter, tensors=tensors)
@@ -83,6 +80,8 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
             tensor = tensor[:rank].clone()
         elif is_b(name):
             tensor = tensor[:, :rank].clone(memory_format=torch.contiguous_format)
+        elif is_core(name):
+            tensor = tensor[:rank, :rank].clone(memory_format=torch.contiguous_format)
         tensors[name] = tensor
     return replace(adapter, tensors=tensors)
 
@@ -105,7 +104,7 @@ def mean(parts: Weighted, onto: Adapter) -> dict[str, Tensor]:
 
 def _mean_tensor(name: str, parts: Weighted, onto: Adapter) -> Tensor:
     owners = [(weight, adapter) for weight, adapter in parts if name in adapter]
-    tensors = [_canonical(name, adapter, onto) for _, adapter in owners]
+    tensors = [canonical(name, adapter, onto) for _, adapter in owners]
     weights = [weight for weight, _ in owners]
     target = onto[name]
     if all(tensor.shape == target.shape for tensor in tensors):
@@ -114,16 +113,17 @@ def _mean_tensor(name: str, parts: Weighted, onto: Adapter) -> Tensor:
         for weight, tensor in zip(weights, tensors, strict=True):
             result = result + tensor * (weight / total)
         return result
-    side = 0 if is_a(name) else 1
     summed, owned = torch.zeros_like(target), torch.zeros_like(target)
     for weight, tensor in zip(weights, tensors, strict=True):
-        summed.narrow(side, 0, tensor.shape[side]).add_(tensor, alpha=weight)
-        owned.narrow(side, 0, tensor.shape[side]).add_(weight)
+        leading = tuple(slice(length) for length in tensor.shape)
+        summed[leading].add_(tensor, alpha=weight)
+        owned[leading].add_(weight)
     return torch.where(owned == 0, target, summed / owned)
 
 
-def _canonical(name: str, adapter: Adapter, reference: Adapter) -> Tensor:
-    if is_head(name):
+def canonical(name: str, adapter: Adapter, reference: Adapter) -> Tensor:
+    """Return a tensor in the units of `reference`: both factors times sqrt(s_k / s)."""
+    if is_note(name) or not (is_a(name) or is_b(name)):
         return adapter[name]
     module = module_of(name)
     ratio = adapter.scaling[module] / reference.scaling[module]
@@ -142,15 +142,18 @@ def refactor(
     tensors = {}
     for module, product in products.items():
         u, s, vh = svd(product, rank)
-        b = u * (s / scaling[module])
-        a = _completed(vh, rank)
-        tensors[name_a(module)] = _fit(a, rank, 0).clone(memory_format=torch.contiguous_format)
-        tensors[name_b(module)] = _fit(b, rank, 1).clone(memory_format=torch.contiguous_format)
+        tensors[name_a(module)] = fitted(completed(vh, rank), rank, 0)
+        tensors[name_b(module)] = fitted(u * (s / scaling[module]), rank, 1)
     return tensors
 
 
-def _completed(rows: Tensor, rank: int) -> Tensor:
-    """Add orthonormal rows up to `rank`: with A and B both zero a component could never learn."""
+def completed(rows: Tensor, rank: int) -> Tensor:
+    """Add orthonormal rows up to `rank`: with A and B both zero a component could never learn.
+
+    Args:
+        rows: Orthonormal, (q, n); not modified.
+        rank: How many rows are wanted; n at most can be given.
+    """
     count, columns = rows.shape
     wanted = min(rank, columns)
     if count >= wanted:
@@ -177,8 +180,12 @@ def svd(product: Product, rank: int | None = None) -> tuple[Tensor, Tensor, Tens
     return (u, s, vh) if rank is None else (u[:, :rank], s[:rank], vh[:rank])
 
 
-def _fit(tensor: Tensor, rank: int, side: int) -> Tensor:
-    missing = rank - tensor.shape[side]
-    if missing <= 0:
-        return tensor
-    return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if side == 0 else (0, missing))
+def fitted(tensor: Tensor, rank: int, side: int) -> Tensor:
+    """Return a contiguous copy with exactly `rank` rows (side 0) or columns (side 1).
+
+    Zeros are added where there are fewer. It is a copy so that it holds on to no larger tensor.
+    """
+    kept = tensor.narrow(side, 0, min(rank, tensor.shape[side]))
+    missing = rank - kept.shape[side]
+    kept = torch.nn.functional.pad(kept, (0, 0, 0, missing) if side == 0 else (0, missing))
+    return kept.clone(memory_format=torch.contiguous_format)

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedllm.adapters.adapter import Adapter, Product
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.lazy import LazyModule
-from fedllm.adapters.names import is_a, is_b, is_head, name_a, name_b
+from fedllm.adapters.names import (
+    is_a,
+    is_b,
+    is_head,
+    is_router,
+    layer_of,
+    name_a,
+    name_b,
+    name_core,
+    name_values,
+)
 from fedllm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -98,17 +108,44 @@ def load_peft(folder: Path) -> Adapter:
 def folded(adapter: Adapter, base: BaseDelta) -> Adapter:
     """Return one adapter that does exactly what the adapter and the base delta do together.
 
-    A module with a delta becomes [B, B_delta] @ [s A; A_delta] with scaling 1; no rank exceeds
-    min(out, in), and an adapter part with B = 0 takes no rank.
+    A layer with one plain path stays as it is. One with several paths, a core, a sparse change or a
+    delta becomes [B_1, B_2, ...] @ [s_1 A_1; s_2 A_2; ...] with scaling 1; no rank exceeds
+    min(out, in), and a path with B = 0 takes no rank.
+
+    Raises:
+        ModelError: If a router weighs the paths: no LoRA does the same.
     """
-    tensors, scaling, adapted = dict(adapter.tensors), dict(adapter.scaling), set(adapter.modules)
-    for module, delta in base.as_products().items():
-        if module in adapted and adapter[name_b(module)].any():
-            own = adapter.product(module)
-            delta = Product(torch.cat([own.b, delta.b], dim=1), torch.cat([own.a, delta.a]))
-        tensors[name_b(module)], tensors[name_a(module)] = _compact(delta)
-        scaling[module] = 1.0
+    if any(is_router(name) for name in adapter):
+        raise ModelError(
+            "an adapter whose paths are weighed by a router is no LoRA; it has no PEFT layout and"
+            " cannot be merged. It is exported in fedllm's own layout, see `fedllm.attach`"
+        )
+    tensors = {name: adapter[name] for name in adapter.heads}
+    scaling: dict[str, float] = {}
+    added = base.as_products()
+    for layer in dict.fromkeys((*adapter.layers, *added)):
+        paths = [path for path in adapter.modules if layer_of(path) == layer]
+        if paths == [layer] and layer not in added and name_core(layer) not in adapter:
+            tensors |= {name: adapter[name] for name in (name_a(layer), name_b(layer))}
+            scaling[layer] = adapter.scaling[layer]
+            continue
+        tensors[name_b(layer)], tensors[name_a(layer)] = _compact(
+            _whole(adapter, layer, paths, added.get(layer))
+        )
+        scaling[layer] = 1.0
     return Adapter(tensors, scaling)
+
+
+def _whole(adapter: Adapter, layer: str, paths: Sequence[str], added: Product | None) -> Product:
+    """Return all that is added to a layer as one product."""
+    products = [adapter.product(path) for path in paths]
+    parts = [product for product in products if product.b.any()]
+    if name_values(layer) in adapter:
+        parts += BaseDelta(dense={layer: adapter.sparse(layer)}).as_products().values()
+    parts += [added] if added is not None else []
+    if not parts:
+        return products[0]
+    return Product(torch.cat([p.b for p in parts], dim=1), torch.cat([p.a for p in parts]))
 
 
 def head_module(name: str) -> str:
