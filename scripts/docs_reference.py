@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -53,23 +53,58 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
     """Yield a table of a section's own keys, then its sub-sections."""
     title = f"`{prefix}`" if prefix else "Top level"
     description = "" if not prefix else _first_paragraph(model)
-    rows, nested = [], []
-    schema = model.model_json_schema()["properties"]
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            nested.append((name, kind))
-            continue
-        default = info.get_default(call_default_factory=True)
-        values = _type(schema[name])
-        rows.append((f"`{name}`", values, _default(default), _text(info.description)))
+    kinds: dict[str, Any] = {name: info.annotation for name, info in model.model_fields.items()}
+    nested = {name: kind for name, kind in kinds.items() if _is_model(kind)}
+    rows = [row for row in _rows(model) if row[0].strip("`") not in nested]
     if prefix != "algorithm":  # its keys depend on its name, and have a table of their own
         yield f"## {title}\n"
         if description:
             yield description + "\n"
         yield _table(("key", "values", "default", "meaning"), rows) + "\n"
-    for name, kind in nested:
+    for name, kind in kinds.items():
+        for form in () if name in nested else filter(_form, _models_in(kind)):
+            yield f"### `{prefix}.{name}: {{{_form(form)}, ...}}`\n"
+            yield _text(form.__doc__) + "\n"
+            yield _table(("key", "values", "default", "meaning"), _form_rows(form)) + "\n"
+    for name, kind in nested.items():
         yield from _section(f"{prefix}.{name}" if prefix else name, kind)
+
+
+def _rows(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield a row for each key of a model."""
+    schema = model.model_json_schema()
+    for name, info in model.model_fields.items():
+        values = _type(schema["properties"][name], schema.get("$defs", {}))
+        default = info.get_default(call_default_factory=True)
+        yield f"`{name}`", values, _default(default), _text(info.description)
+
+
+def _form_rows(form: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield a row for each key of a mapping that a key may hold, and for those one level down."""
+    for row, info in zip(_rows(form), form.model_fields.values(), strict=True):
+        yield row
+        for inner in _models_in(info.annotation):
+            for key, *rest in _rows(inner):
+                yield f"{row[0][:-1]}.{key[1:]}", rest[0], rest[1], rest[2]
+
+
+def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models among the members of a union or list."""
+    if _is_model(kind):
+        yield kind
+    for member in get_args(kind):
+        yield from _models_in(member)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _form(model: type[BaseModel]) -> str:
+    """Return `key: value` by which a form is told from its alternatives; empty if it is not."""
+    name, info = next(iter(model.model_fields.items()))
+    fixed = get_origin(info.annotation) is Literal and info.is_required()
+    return f"{name}: {get_args(info.annotation)[0]}" if fixed else ""
 
 
 def _algorithms() -> str:
@@ -112,17 +147,21 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-def _type(schema: Mapping[str, Any]) -> str:
-    """Return the values a key takes, from its JSON schema."""
-    if "anyOf" in schema:
-        return " or ".join(_type(branch) for branch in schema["anyOf"])
+def _type(schema: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    """Return the values a key takes, from its JSON schema and those of the models it names."""
+    if branches := schema.get("anyOf", schema.get("oneOf")):
+        return " or ".join(dict.fromkeys(_type(branch, models) for branch in branches))
+    if "$ref" in schema:
+        keys = models[schema["$ref"].rpartition("/")[2]]["properties"]
+        first = next(iter(keys))
+        return f"mapping with `{first}`" if "const" in keys[first] else f"`{{{', '.join(keys)}}}`"
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{v}`" for v in schema.get("enum", [schema.get("const")]))
     match schema.get("type"):
         case "array" if "prefixItems" in schema:
             return f"list of {len(schema['prefixItems'])} numbers"
         case "array":
-            return f"list of {_type(schema['items'])}"
+            return f"list of {_type(schema['items'], models)}"
         case "object":
             return "mapping"
         case "null":

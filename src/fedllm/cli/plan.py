@@ -70,14 +70,24 @@ def _model(report: Report) -> list[tuple[str, str]]:
     kinds = sorted({name.rpartition(".")[2] for name in size.target_names})
     layers = f"{len(size.target_names)} layers ({', '.join(kinds)})"
     head = f" + head of {count_text(size.head_parameters)}" if size.head_parameters else ""
+    up_to = "up to " if len(report.ranks) > 1 else ""
     return [
         ("model", f"{config.model.path}: {size.architecture}, {count_text(size.parameters)}"),
         (
             "adapter",
-            f"{config.algorithm.name}, rank {config.adapter.rank} on {layers}{head}:"
+            f"{config.algorithm.name}, rank {up_to}{config.adapter.max_rank} on {layers}{head}:"
             f" {count_text(trained)} trainable ({trained / size.parameters:.2%})",
         ),
+        *([("ranks", _ranks(report))] if up_to else []),
     ]
+
+
+def _ranks(report: Report) -> str:
+    """Return how many clients have each rank."""
+    counted, clients = sum(report.ranks.values()), report.config.federation.num_clients
+    of = f"the first {counted}" if counted < clients else f"{clients}"
+    shown = ", ".join(f"{rank} for {count}" for rank, count in report.ranks.items())
+    return f"{shown} of {of} clients"
 
 
 def _cost(report: Report) -> list[tuple[str, str]]:

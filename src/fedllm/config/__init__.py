@@ -1,6 +1,17 @@
 """The configuration tree and the way from YAML to it. No torch here."""
 
+from fedllm.config.exchange import CommunicationConfig, Named, PrivacyConfig, UpdatesConfig
 from fedllm.config.load import apply_overrides, dump, read, validate
+from fedllm.config.ranks import (
+    BudgetRange,
+    RankDistribution,
+    RankMemory,
+    RankPolicy,
+    RankTiers,
+    Tier,
+    means_mixed_ranks,
+    ranks_in,
+)
 from fedllm.config.schema import (
     AdapterConfig,
     AlgorithmConfig,
@@ -17,16 +28,28 @@ from fedllm.config.schema import (
 __all__ = [
     "AdapterConfig",
     "AlgorithmConfig",
+    "BudgetRange",
     "CheckpointConfig",
+    "CommunicationConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",
     "FederationConfig",
     "ModelConfig",
+    "Named",
     "PartitionConfig",
+    "PrivacyConfig",
+    "RankDistribution",
+    "RankMemory",
+    "RankPolicy",
+    "RankTiers",
+    "Tier",
     "TrainingConfig",
+    "UpdatesConfig",
     "apply_overrides",
     "dump",
+    "means_mixed_ranks",
+    "ranks_in",
     "read",
     "validate",
 ]

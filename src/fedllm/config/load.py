@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedllm.config.schema import Config
@@ -126,6 +126,12 @@ def _sentence(detail: ErrorDetails) -> str:
         known = _fields(parents)
         hint = did_you_mean(name, known) or f" Known here: {', '.join(known)}"
         return f"{where}: unknown key.{hint}"
+    if detail["type"] == "union_tag_invalid":
+        return _branch_sentence(where, detail["ctx"])
+    if detail["type"] == "too_short":
+        return f"{where}: too short; give at least {detail['ctx']['min_length']}"
+    if detail["type"] == "missing":
+        return f"{where}: missing; give it a value"
     message = detail["msg"].removeprefix("Value error, ")
     got = detail["input"]
     if isinstance(got, (str, int, float, bool)) or got is None:
@@ -137,22 +143,48 @@ def _sentence(detail: ErrorDetails) -> str:
     return f"{where}: {message}" if where else message
 
 
+def _branch_sentence(where: str, context: Mapping[str, Any]) -> str:
+    """Say that a key such as `policy`, which decides what goes beside it, is missing or wrong."""
+    key, _, got = str(context["tag"]).partition("=")
+    tags = [tag.strip("' ").partition("=") for tag in str(context["expected_tags"]).split(",")]
+    known = [value for name, _, value in tags if name == key]
+    choices = f"choose one of {', '.join(known)}"
+    if not got:
+        return f"{where}.{key}: missing; {choices}"
+    return f"{where}.{key}: no such {key}; {choices} (got {got!r}).{did_you_mean(got, known)}"
+
+
 def _fields(parents: Sequence[str]) -> list[str]:
     """Return the keys known at this place of the tree."""
-    model: type[BaseModel] = Config
+    kind: Any = Config
     for part in parents:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+        kind = _inside(kind, part)
+    return list(kind.model_fields) if _is_model(kind) else []
+
+
+def _inside(kind: Any, part: str) -> Any:
+    """Return the type one step further on pydantic's way: a key, a branch or an index."""
+    if _is_model(kind):
+        return kind.model_fields[part].annotation if part in kind.model_fields else None
+    if part.isdigit():
+        return next(iter(get_args(kind)), None)
+    for branch in get_args(kind):
+        member, *notes = get_args(branch) or (branch,)
+        if any(isinstance(note, Tag) and note.tag == part for note in notes):
+            return member
+    return None
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _is_branch(part: str | int) -> bool:
-    """Tell pydantic's names for the members of a union from keys of ours."""
+    """Tell pydantic's names for the members of a union, and our tags, from keys of ours."""
     return isinstance(part, str) and (
         part.startswith(("literal[", "list[", "constrained-", "function-"))
         or part in {"int", "float", "str", "bool"}
+        or "=" in part
     )
 
 

@@ -7,14 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from fedllm.config.exchange import CommunicationConfig, UpdatesConfig
+from fedllm.config.ranks import Rank, ranks_in
+from fedllm.config.section import Section
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A frozen part of the tree that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -41,8 +39,9 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The LoRA adapter that the clients train."""
 
-    rank: PositiveInt | list[PositiveInt] = 8
-    """LoRA rank r; a list gives each client one of its ranks, drawn from (seed, client)."""
+    rank: Rank = 8
+    """LoRA rank r; a list gives each client one of its ranks, drawn from (seed, client), and a
+    policy decides it by `tiers`, by `distribution` or by `memory`."""
     alpha: PositiveFloat | None = None
     """LoRA alpha at the largest rank; scaling = alpha / r is the same for all. Default 2 r."""
     rslora: bool = False
@@ -57,14 +56,8 @@ class AdapterConfig(Section):
 
     @property
     def max_rank(self) -> int:
-        """The largest rank any client has."""
-        return max(self.rank) if isinstance(self.rank, list) else self.rank
-
-    @model_validator(mode="after")
-    def _ranks_given(self) -> AdapterConfig:
-        if self.rank == []:
-            raise ValueError("rank is an empty list; give at least one rank")
-        return self
+        """The largest rank any client may have."""
+        return max(ranks_in(self.rank))
 
 
 class DataConfig(Section):
@@ -245,6 +238,8 @@ class Config(Section):
     data: DataConfig = DataConfig()
     federation: FederationConfig = FederationConfig()
     training: TrainingConfig = TrainingConfig()
+    communication: CommunicationConfig = CommunicationConfig()
+    updates: UpdatesConfig = UpdatesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

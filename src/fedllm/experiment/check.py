@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,15 @@ import numpy.typing as npt
 from fedllm.config import Config
 from fedllm.data import Dataset, HeterogeneityReport, Partition, heterogeneity
 from fedllm.experiment import estimate
-from fedllm.experiment.estimate import Duration, Memory, Traffic
-from fedllm.experiment.parts import build, check_length, load_data, plan_of
+from fedllm.experiment.estimate import Duration, Memory, Shapes
+from fedllm.experiment.parts import build, check_length, load_data, plan_of, ranks_of
+from fedllm.experiment.traffic import Traffic, traffic
 
 if TYPE_CHECKING:
     from fedllm.models import SizeEstimate
+
+MAX_RANKS_COUNTED = 10_000
+"""Clients whose rank is looked up for the report; a fifth of a second."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Report:
     heterogeneity: HeterogeneityReport
     steps: npt.NDArray[np.int64]
     """Optimiser steps of each client in a round, shape (clients,)."""
+    ranks: Mapping[int, int]
+    """Possible rank to how many have it, of the first clients where there are very many."""
     size: SizeEstimate
     memory: Memory
     traffic: Traffic
@@ -100,12 +107,21 @@ def report(config: Config, dataset: Dataset, partition: Partition, tokenizer: An
         dataset=dataset,
         heterogeneity=heterogeneity(partition, dataset.train.groups),
         steps=np.array([plan.steps(int(rows)) for rows in partition.train_sizes], np.int64),
+        ranks=_count_ranks(config, shapes),
         size=size,
         memory=memory,
-        traffic=estimate.traffic(config, shapes, partition),
+        traffic=traffic(config, shapes, partition),
         duration=estimate.duration(config, shapes, dataset, partition, memory.tokens_in_a_pass),
         example=_example(dataset, tokenizer),
     )
+
+
+def _count_ranks(config: Config, shapes: Shapes) -> dict[int, int]:
+    """Count the clients of each rank that the configuration allows for, none left out."""
+    rule = ranks_of(config, shapes.modules, shapes.head_parameters)
+    known = range(min(config.federation.num_clients, MAX_RANKS_COUNTED))
+    counts = Counter(rule.of(cid) for cid in known)
+    return {rank: counts[rank] for rank in sorted(set(rule.choices))}
 
 
 def _example(dataset: Dataset, tokenizer: Any) -> Example:

@@ -1,6 +1,22 @@
 """Devices, links, availability and ranks. No torch here."""
 
-from fedllm.system.ranks import RankRule
+from fedllm.system.ranks import (
+    MemoryRule,
+    RankRule,
+    TierRule,
+    WeightedRule,
+    apportion,
+    rank_rule,
+)
 from fedllm.system.world import Ideal, World
 
-__all__ = ["Ideal", "RankRule", "World"]
+__all__ = [
+    "Ideal",
+    "MemoryRule",
+    "RankRule",
+    "TierRule",
+    "WeightedRule",
+    "World",
+    "apportion",
+    "rank_rule",
+]
