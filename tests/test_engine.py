@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from engine_world import (
 
 from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_a, is_b
 from fedllm.config import TrainingConfig
-from fedllm.errors import TrainingError
 from fedllm.federation import BaseClient, FitRequest, Job, View
 from fedllm.seeding import rng
 
@@ -296,11 +296,19 @@ def test_a_correction_replaces_the_gradient(tiny_model):
         torch.testing.assert_close(got[name], adapter[name])
 
 
-def test_a_loss_that_is_not_finite_names_client_and_round(tiny_model):
-    training = TrainingConfig(batch_size=4, optimizer="sgd", learning_rate=1e38, max_grad_norm=0)
+def test_a_client_that_diverges_says_when_and_spoils_nobody_else(tiny_model):
+    training = TrainingConfig(batch_size=4, optimizer="sgd", learning_rate=1e-2, max_grad_norm=0)
     world = make_world(tiny_model("llama"), training=training)
-    with pytest.raises(TrainingError, match=r"client 2 .* round 1 .*learning_rate"):
-        world.engine.train([request(world, 2, random_adapter(world), steps=6)])
+    good = request(world, 1, random_adapter(world), steps=3)
+    bad = request(world, 2, random_adapter(world), steps=6)
+    bad = replace(bad, job=replace(bad.job, learning_rate=1e38))
+    (alone,) = world.engine.train([good])
+    beside, diverged = world.engine.train([good, bad])
+    assert diverged.metrics["diverged_at"] in range(2, 7)
+    assert not all(bool(diverged.adapter[n].isfinite().all()) for n in diverged.adapter)
+    assert "diverged_at" not in beside.metrics
+    for name in alone.adapter:
+        torch.testing.assert_close(beside.adapter[name], alone.adapter[name])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

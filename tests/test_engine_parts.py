@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fedllm.adapters import Adapter, algebra, initial, is_b
 from fedllm.config import TrainingConfig
-from fedllm.engine.buffers import Buffer, Layout, common_shapes, low_ranks
+from fedllm.engine.assembly import Sources, assembled
+from fedllm.engine.buffers import Buffer, Layout, common_shapes
 from fedllm.engine.lora import Active
 from fedllm.engine.norm import FrozenRMSNorm, replace_rms_norms
 from fedllm.engine.objectives import cross_entropy
@@ -376,7 +377,8 @@ def test_low_rank_factors_are_views_of_the_buffer_with_their_own_scaling() -> No
     given_adapters = adapters((2, 4))
     buffer = Buffer(given_adapters, lambda name: True, torch.device("cpu"))
     grads = torch.zeros_like(buffer.data)
-    found = low_ranks(given_adapters, [(buffer, buffer.data)], (buffer, grads))
+    sources = Sources(given_adapters, [(buffer, buffer.data)], (buffer, grads))
+    found = assembled(sources, {}).low_ranks
     assert set(found) == {"q", "v"}
     for module, low in found.items():
         assert list(low.scaling) == [2.0, 2.0]

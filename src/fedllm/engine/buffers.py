@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedllm.adapters import Adapter, BaseDelta, is_head, name_a, name_b
-from fedllm.engine.low_rank import Delta, LowRank
+from fedllm.adapters import Adapter, BaseDelta, is_head, is_index
+from fedllm.engine.low_rank import Delta
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Buffer:
     def __init__(
         self, adapters: Sequence[Adapter], keep: Callable[[str], bool], device: torch.device
     ) -> None:
-        shapes = {n: s for n, s in common_shapes(adapters).items() if keep(n)}
+        wanted = [adapter.select(lambda n: keep(n) and not is_index(n)) for adapter in adapters]
+        shapes = common_shapes(wanted)
         self.layout = Layout.of(shapes)
         self.data = torch.zeros(len(adapters), self.layout.size, device=device)
         for row, adapter in enumerate(adapters):
@@ -76,40 +77,6 @@ class Buffer:
 
     def __contains__(self, name: str) -> bool:
         return name in self.layout.offsets
-
-
-def low_ranks(
-    adapters: Sequence[Adapter],
-    sources: Sequence[tuple[Buffer, Tensor]],
-    grads: tuple[Buffer, Tensor] | None = None,
-) -> dict[str, LowRank]:
-    """Return each module's factors as views.
-
-    Args:
-        adapters: One a row, for the scalings.
-        sources: Buffers with the data to view, in the compute dtype.
-        grads: The trained buffer, with the flat gradient to view.
-    """
-
-    def find(name: str) -> Tensor:
-        buffer, data = next((b, d) for b, d in sources if name in b)
-        return buffer.layout.view(data, name)
-
-    def grad(name: str) -> Tensor | None:
-        if grads is None or name not in grads[0]:
-            return None
-        return grads[0].layout.view(grads[1], name)
-
-    return {
-        module: LowRank(
-            a=find(name_a(module)),
-            b=find(name_b(module)),
-            scaling=[adapter.scaling[module] for adapter in adapters],
-            grad_a=grad(name_a(module)),
-            grad_b=grad(name_b(module)),
-        )
-        for module in adapters[0].modules
-    }
 
 
 def head_tensors(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.adapters import Adapter, is_head
-from fedllm.engine.buffers import Buffer, base_delta, head_tensors, low_ranks
+from fedllm.adapters import is_head
+from fedllm.engine.assembly import Sources, assembled
+from fedllm.engine.buffers import Buffer, base_delta, head_tensors
 from fedllm.engine.lora import Active
 from fedllm.engine.optimizer import FlatOptimizer, clip_rows
 from fedllm.engine.packing import segments, split
 from fedllm.engine.resident import Resident
 from fedllm.engine.shards import Shards, collect
-from fedllm.errors import TrainingError
 from fedllm.federation import BaseClient, FitRequest, FitResult, Plan, Progress
 from fedllm.seeding import derive, rng
 
@@ -48,9 +49,12 @@ class Cohort:
         self.grads = torch.zeros_like(self.trained.data)
         self.live = self._cast(self.trained)
         self.optimizer = FlatOptimizer(self.trained.data, plan.training)
-        sources = [(self.trained, self.live), (self.frozen, self._cast(self.frozen))]
+        buffers = [(self.trained, self.live), (self.frozen, self._cast(self.frozen))]
+        layers = assembled(Sources(adapters, buffers, (self.trained, self.grads)), resident.shapes)
+        self.composites = layers.composites
         self.active = Active(
-            modules=low_ranks(adapters, sources, (self.trained, self.grads)),
+            modules=layers.low_ranks,
+            sparse=layers.sparse,
             delta=base_delta(first.job.payload.base, resident.dtype, device),
             dropout=resident.dropout,
             is_wide=resident.is_wide and len(requests) > 1,
@@ -62,8 +66,8 @@ class Cohort:
     def train(self, progress: Progress | None = None) -> list[FitResult]:
         """Do all steps; return results in the order of the requests.
 
-        Raises:
-            TrainingError: If a loss or a trained tensor is not finite.
+        A client whose loss or tensors stop being finite is returned as it is, for the server to
+        reject; nobody else's result depends on it.
         """
         batches = [self._batches(request) for request in self.requests]
         for step in range(self.requests[0].job.steps):
@@ -74,8 +78,16 @@ class Cohort:
             if progress is not None:
                 for request in self.requests[: len(rows)]:
                     progress(request.job.cid, step + 1, request.job.steps)
-        self._check()
-        results = [self._result(row) for row in range(len(self.requests))]
+        return self._in_order([self._result(row) for row in range(len(self.requests))])
+
+    def gradients(self) -> list[FitResult]:
+        """Return each client's gradient of the mean loss over its whole shard, without dropout."""
+        self.active.dropout = 0.0
+        self.losses = self.losses.new_zeros(1, len(self.requests))
+        self._accumulate(0, [self.shards.rows(r.job.cid) for r in self.requests])
+        return self._in_order([self._result(row, self.grads) for row in range(len(self.requests))])
+
+    def _in_order(self, results: Sequence[FitResult]) -> list[FitResult]:
         return [results[self.order.index(i)] for i in range(len(results))]
 
     def _on(self, request: FitRequest, step: int) -> bool:
@@ -99,9 +111,25 @@ class Cohort:
     def _step(self, step: int, batches: Sequence[np.ndarray]) -> None:
         """Accumulate the gradients of all passes of a step, then move the parameters."""
         count = len(batches)
+        self._accumulate(step, batches)
+        self._shape_gradients(count)
+        clip_rows(self.grads[:count], self.plan.training.max_grad_norm)
+        rates = [self._rate(r, step) for r in self.requests[:count]]
+        self.optimizer.step(
+            self.grads[:count], torch.tensor(rates, device=self.grads.device)[:, None]
+        )
+
+    def _rate(self, request: FitRequest, step: int) -> float:
+        return request.job.learning_rate * self.plan.step_factor(step, request.job.steps)
+
+    def _accumulate(self, step: int, batches: Sequence[np.ndarray]) -> None:
+        """Add up the gradients of all passes over these rows of each client."""
+        count = len(batches)
         self.grads[:count].zero_()
         if self.live is not self.trained.data:
             self.live.copy_(self.trained.data)
+        for composite in self.composites:
+            composite.assemble()
         heads = self._head_leaves()
         chosen = np.concatenate(batches)
         owners = np.repeat(np.arange(count), [len(b) for b in batches])
@@ -117,16 +145,9 @@ class Cohort:
         for name, leaf in heads.items():
             if leaf.grad is not None:
                 self.trained.layout.view(self.grads, name).add_(leaf.grad)
+        for composite in self.composites:
+            composite.disassemble()
         np.add.at(self.tokens, owners, lengths)
-        self._shape_gradients(count)
-        clip_rows(self.grads[:count], self.plan.training.max_grad_norm)
-        rates = [
-            r.job.learning_rate * self.plan.step_factor(step, r.job.steps)
-            for r in self.requests[:count]
-        ]
-        self.optimizer.step(
-            self.grads[:count], torch.tensor(rates, device=self.grads.device)[:, None]
-        )
 
     def _weights(self, chosen: np.ndarray, owners: np.ndarray, count: int) -> Tensor:
         """Return 1 / (entries in the loss) of each client's step, fp32 (K,)."""
@@ -197,33 +218,22 @@ class Cohort:
         """View a client's own tensor, without padding."""
         return self.trained.place(buffer, name, row, self.requests[row].start[name].shape)
 
-    def _check(self) -> None:
-        bad = ~torch.isfinite(self.losses)
-        bad_rows = (bad.any(dim=0) | ~torch.isfinite(self.trained.data).all(dim=1)).nonzero()
-        if not len(bad_rows):
-            return
-        row = int(bad_rows[0])
-        job = self.requests[row].job
-        steps = bad[:, row].nonzero()
-        at = f"at local step {int(steps[0]) + 1}" if len(steps) else "in its last step"
-        raise TrainingError(
-            f"the loss of client {job.cid} stopped being finite {at} of round {job.version + 1}"
-            f" (learning rate {job.learning_rate:g}). Lower training.learning_rate, or set"
-            " training.max_grad_norm; check the data with `fedllm check`."
-        )
-
-    def _result(self, row: int) -> FitResult:
+    def _result(self, row: int, source: Tensor | None = None) -> FitResult:
         request = self.requests[row]
+        data = self.trained.data if source is None else source
         tensors = {
-            name: self._own(self.trained.data, name, row).to("cpu", copy=True)
+            name: self._own(data, name, row).to("cpu", copy=True)
             for name in self.trained.layout.offsets
         }
         steps = request.job.steps
-        return FitResult(
-            adapter=Adapter({**request.start.tensors, **tensors}, request.start.scaling),
-            num_steps=steps,
-            metrics={
-                "loss": float(self.losses[:steps, row].mean()) if steps else float("nan"),
-                "tokens": float(self.tokens[row]),
-            },
-        )
+        losses = self.losses[:steps, row]
+        metrics = {
+            "loss": float(losses.mean()) if len(losses) else float("nan"),
+            "tokens": float(self.tokens[row]),
+            "rate_sum": sum(self._rate(request, step) for step in range(steps)),
+        }
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            metrics["diverged_at"] = float(bad[0] + 1)
+        adapter = replace(request.start, tensors={**request.start.tensors, **tensors})
+        return FitResult(adapter, steps, metrics)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fedllm.adapters import Adapter, BaseDelta
-from fedllm.engine.buffers import Buffer, base_delta, head_tensors, low_ranks
+from fedllm.engine.assembly import Sources, assembled
+from fedllm.engine.buffers import Buffer, base_delta, head_tensors
 from fedllm.engine.cohort import Cohort
-from fedllm.engine.generate import generate
+from fedllm.engine.generate import Asked, generate
 from fedllm.engine.lora import Active
 from fedllm.engine.packing import segments, split
 from fedllm.engine.resident import Resident
 from fedllm.engine.shards import Shards, collect
 from fedllm.federation import BaseClient, FitRequest, FitResult, Job, Plan, Progress, Scores, View
+from fedllm.seeding import rng
 
 if TYPE_CHECKING:
     from fedllm.data import Partition, TokenSet
@@ -48,6 +50,12 @@ class CohortEngine:
         """Ask for local training; see `federation.Engine.fit`."""
         return FitRequest(job, start, client, tag)
 
+    def gradient(
+        self, job: Job, start: Adapter, client: BaseClient, *, tag: str = ""
+    ) -> FitRequest:
+        """Ask for the gradient over the whole shard; see `federation.Engine.gradient`."""
+        return FitRequest(job, start, client, tag, is_gradient=True)
+
     def train(
         self, requests: Sequence[FitRequest], progress: Progress | None = None
     ) -> list[FitResult]:
@@ -55,21 +63,65 @@ class CohortEngine:
         results: dict[int, FitResult] = {}
         for members in self._cohorts(requests):
             chosen = [requests[i] for i in members]
-            if chosen[0].job.steps == 0:
+            if chosen[0].job.steps == 0 and not chosen[0].is_gradient:
                 results.update({i: _untrained(requests[i]) for i in members})
                 continue
             cohort = Cohort(self.resident, chosen, self._shards, self.plan)
-            results.update(zip(members, cohort.train(progress), strict=True))
+            found = cohort.gradients() if chosen[0].is_gradient else cohort.train(progress)
+            results.update(zip(members, found, strict=True))
         return [results[i] for i in range(len(requests))]
 
     def score(self, views: Sequence[View], tokens: TokenSet) -> Scores:
         """Return the loss and correctness of each asked-for row under its view, in one sweep."""
         scores = Scores.empty(len(tokens))
         padded, limit = not self.resident.is_packed, self.resident.tokens_per_pass * 2
-        for active, rows, owners in self._activated(views):
-            for part in split(tokens.lengths[rows], owners, limit, is_padded=padded):
-                self._score_pass(active, tokens, rows[part], owners[part], scores)
+        for asked in self._activated(views):
+            for part in split(tokens.lengths[asked.rows], asked.owners, limit, is_padded=padded):
+                self._score_pass(asked.at(part), tokens, scores)
         return scores
+
+    def similarity(
+        self,
+        views: Sequence[View],
+        cids: Sequence[int],
+        tokens: TokenSet,
+        *,
+        references: int,
+        seed: int,
+    ) -> list[np.ndarray]:
+        """Compare rows with the clients' own training rows; see `federation.Scorer.similarity`."""
+        own = []
+        for view, cid in zip(views, cids, strict=True):
+            rows = self._shards.rows(cid)
+            count = min(references, len(rows))
+            chosen = rng(seed, "references", cid).choice(rows, count, replace=False)
+            own.append(replace(view, rows=np.sort(chosen)))
+        asked, known = self._hidden(views, tokens), self._hidden(own, self.tokens)
+        return [
+            (a @ k.T).mean(axis=1) if len(k) else np.zeros(len(a))
+            for a, k in zip(asked, known, strict=True)
+        ]
+
+    def _hidden(self, views: Sequence[View], tokens: TokenSet) -> list[np.ndarray]:
+        """Return unit vectors (rows, hidden): last hidden states of the views' prompts."""
+        states: list[np.ndarray] = []
+        padded, limit = not self.resident.is_packed, self.resident.tokens_per_pass * 2
+        for asked in self._activated(views):
+            lengths = np.maximum(tokens.prompt_lengths[asked.rows], 1)
+            found: np.ndarray | None = None
+            for part in split(lengths, asked.owners, limit, is_padded=padded):
+                here = asked.at(part)
+                sequences = collect(tokens, here.rows, here.owners, is_prompt=True)
+                self._lay_out(here, sequences.lengths)
+                with torch.no_grad(), self.resident.using(here.active):
+                    hidden = self.resident.forward.last_hidden(sequences).float()
+                unit = torch.nn.functional.normalize(hidden, dim=1).cpu().numpy()
+                if found is None:
+                    found = np.zeros((len(asked.rows), unit.shape[1]), dtype=unit.dtype)
+                found[part] = unit
+            assert found is not None
+            states += np.split(found, np.flatnonzero(np.diff(asked.owners)) + 1)
+        return states
 
     def generate(
         self,
@@ -82,51 +134,60 @@ class CohortEngine:
     ) -> dict[int, str]:
         """Return the greedy answer to the prompt of each asked-for row, by row."""
         answers: dict[int, str] = {}
-        for active, rows, owners in self._activated(views):
-            batches = generate(
-                self.resident, active, tokens, rows, owners, max_new_tokens, batch_size
-            )
+        for asked in self._activated(views):
+            batches = generate(self.resident, asked, tokens, max_new_tokens, batch_size)
             for batch in batches:
                 answers |= batch
                 if progress is not None:
                     progress(len(answers))
         return answers
 
-    def _activated(self, views: Sequence[View]) -> Iterator[tuple[Active, np.ndarray, np.ndarray]]:
+    def _activated(self, views: Sequence[View]) -> Iterator[Asked]:
         """Yield some views at a time: their adapters, their rows and the owner of each row."""
-        asked = [view for view in views if len(view.rows)]
-        for start in range(0, len(asked), _VIEWS_AT_ONCE):
-            chunk = asked[start : start + _VIEWS_AT_ONCE]
-            rows = np.concatenate([view.rows for view in chunk])
-            owners = np.repeat(np.arange(len(chunk)), [len(view.rows) for view in chunk])
-            yield self.activate([view.adapter for view in chunk], chunk[0].base), rows, owners
+        alike: dict[object, list[View]] = {}
+        for view in views:
+            if len(view.rows):
+                names = tuple(view.adapter), tuple(view.mix)
+                alike.setdefault(names, []).append(view)
+        for group in alike.values():
+            for start in range(0, len(group), _VIEWS_AT_ONCE):
+                chunk = group[start : start + _VIEWS_AT_ONCE]
+                yield Asked(
+                    active=self.activate([view.adapter for view in chunk], chunk[0].base),
+                    rows=np.concatenate([view.rows for view in chunk]),
+                    owners=np.repeat(np.arange(len(chunk)), [len(view.rows) for view in chunk]),
+                    mix={s: np.concatenate([v.mix[s] for v in chunk]) for s in chunk[0].mix},
+                )
 
     def activate(self, adapters: Sequence[Adapter], base: BaseDelta) -> Active:
         """Return the adapters, one a row, ready to be applied without training."""
         device, dtype = self.resident.device, self.resident.dtype
         buffer = Buffer(adapters, lambda name: True, device)
+        layers = assembled(
+            Sources(adapters, [(buffer, buffer.data.to(dtype))]), self.resident.shapes
+        )
         return Active(
-            modules=low_ranks(adapters, [(buffer, buffer.data.to(dtype))]),
+            modules=layers.low_ranks,
+            sparse=layers.sparse,
             delta=base_delta(base, dtype, device),
             is_wide=self.resident.is_wide and len(adapters) > 1,
             heads=head_tensors(self.resident.heads, [(buffer, buffer.data)]),
         )
 
-    def _score_pass(
-        self,
-        active: Active,
-        tokens: TokenSet,
-        rows: np.ndarray,
-        owners: np.ndarray,
-        scores: Scores,
-    ) -> None:
-        sequences = collect(tokens, rows, owners)
-        active.by_sequence = segments(owners, np.ones_like(rows))
-        packed = self.resident.is_packed
-        active.by_token = segments(owners, sequences.lengths) if packed else ()
-        with torch.no_grad(), self.resident.using(active):
+    def _lay_out(self, asked: Asked, lengths: np.ndarray) -> None:
+        """Tell the layers whose rows a pass holds."""
+        active, packed = asked.active, self.resident.is_packed
+        active.by_sequence = segments(asked.owners, np.ones_like(asked.rows))
+        active.by_token = segments(asked.owners, lengths) if packed else ()
+        active.sequence_lengths = lengths.tolist() if packed else ()
+        asked.weigh(self.resident.device)
+
+    def _score_pass(self, asked: Asked, tokens: TokenSet, scores: Scores) -> None:
+        sequences = collect(tokens, asked.rows, asked.owners)
+        self._lay_out(asked, sequences.lengths)
+        with torch.no_grad(), self.resident.using(asked.active):
             out = self.resident.forward.run(sequences)
-        place = rows[out.owners.cpu().numpy()]
+        place = asked.rows[out.owners.cpu().numpy()]
         np.add.at(scores.loss_sum, place, out.losses.double().cpu().numpy())
         np.add.at(scores.count, place, 1)
         assert out.correct is not None
@@ -144,6 +205,8 @@ class CohortEngine:
                 tuple(request.start),
                 request.job.payload.base.sizes,
                 request.job.steps > 0,
+                request.is_gradient,
+                None if request.start.routing is None else request.start.routing.top,
             )
             alike.setdefault(key, []).append(i)
         groups = []

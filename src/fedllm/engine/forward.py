@@ -100,6 +100,18 @@ class Forward:
         logits = head(first)
         return logits[:, 0] if logits.ndim == 3 else logits  # type: ignore[no-any-return]
 
+    def last_hidden(self, sequences: Sequences) -> Tensor:
+        """Return the last layer's hidden state (N, hidden) of each sequence's last token."""
+        body = self.model.base_model
+        if not self.is_packed:
+            ids, mask = padded(sequences, self.pad_id, self.device)
+            hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
+            return hidden[torch.arange(len(ids), device=self.device), mask.sum(dim=1) - 1]  # type: ignore[no-any-return]
+        with self._packed_attention():
+            hidden = body(**self._packed(sequences)).last_hidden_state[0]
+        places = sequences.starts + sequences.lengths - 1
+        return hidden[torch.from_numpy(places).to(self.device)]  # type: ignore[no-any-return]
+
     def _packed(self, sequences: Sequences) -> dict[str, object]:
         ids = torch.from_numpy(sequences.tokens.astype(np.int64))[None].to(self.device)
         place = torch.from_numpy(positions(sequences.lengths) + self.offset)[None].to(self.device)

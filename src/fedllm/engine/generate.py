@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,12 +19,36 @@ if TYPE_CHECKING:
     from fedllm.data import TokenSet
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Rows of a token set with the adapters they are asked under."""
+
+    active: Active
+    """Adapters, one a client."""
+    rows: np.ndarray
+    """int (n,): which rows."""
+    owners: np.ndarray
+    """int (n,): the client of each row."""
+    mix: Mapping[str, np.ndarray]
+    """Slot to the weight of its paths for each row, float (n,)."""
+
+    def at(self, chosen: np.ndarray) -> Asked:
+        """Return some of the rows, by their place or as a mask."""
+        mix = {slot: weights[chosen] for slot, weights in self.mix.items()}
+        return Asked(self.active, self.rows[chosen], self.owners[chosen], mix)
+
+    def weigh(self, device: torch.device) -> None:
+        """Hand the weights of these rows to the layers."""
+        self.active.mix = {
+            slot: torch.from_numpy(weights.astype(np.float32)).to(device)
+            for slot, weights in self.mix.items()
+        }
+
+
 def generate(
     resident: Resident,
-    active: Active,
+    asked: Asked,
     tokens: TokenSet,
-    rows: np.ndarray,
-    owners: np.ndarray,
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[dict[int, str]]:
@@ -33,33 +58,24 @@ def generate(
 
     Args:
         resident: The model.
-        active: Adapters, one a client.
+        asked: The rows and their adapters.
         tokens: The test rows; the first `prompt_lengths` tokens of each are its prompt.
-        rows: int (n,): which rows.
-        owners: int (n,): the client of each row.
         max_new_tokens: Longest answer.
         batch_size: Prompts at once.
     """
-    order = np.argsort(tokens.prompt_lengths[rows], kind="stable")
+    order = np.argsort(tokens.prompt_lengths[asked.rows], kind="stable")
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        part = part[np.argsort(owners[part], kind="stable")]
-        yield _Batch(resident, active, tokens, rows[part], owners[part]).run(max_new_tokens)
+        part = part[np.argsort(asked.owners[part], kind="stable")]
+        yield _Batch(resident, asked.at(part), tokens).run(max_new_tokens)
 
 
 class _Batch:
     """Prompts padded on the left, and the cache they share."""
 
-    def __init__(
-        self,
-        resident: Resident,
-        active: Active,
-        tokens: TokenSet,
-        rows: np.ndarray,
-        owners: np.ndarray,
-    ) -> None:
-        self.resident, self.active = resident, active
-        self.rows, self.owners = rows, owners
+    def __init__(self, resident: Resident, asked: Asked, tokens: TokenSet) -> None:
+        self.resident, self.asked = resident, asked
+        rows = asked.rows
         lengths = tokens.prompt_lengths[rows]
         longest = int(lengths.max())
         visible = np.arange(longest)[None, :] >= longest - lengths[:, None]
@@ -78,12 +94,14 @@ class _Batch:
     def run(self, max_new_tokens: int) -> dict[int, str]:
         """Extend all sequences token by token until each has ended."""
         place = (self.mask.cumsum(1) - 1).clamp_(min=0)
-        written: dict[int, list[int]] = {int(row): [] for row in self.rows}
+        written: dict[int, list[int]] = {int(row): [] for row in self.asked.rows}
         ids = self.ids
         for _ in range(max_new_tokens):
             token = self._next(ids, place)
             is_end = torch.isin(token, self.stops)
-            for row, value, end in zip(self.rows, token.tolist(), is_end.tolist(), strict=True):
+            for row, value, end in zip(
+                self.asked.rows, token.tolist(), is_end.tolist(), strict=True
+            ):
                 if not end:
                     written[int(row)].append(value)
             if bool(is_end.all()):
@@ -100,9 +118,11 @@ class _Batch:
         }
 
     def _next(self, ids: Tensor, place: Tensor) -> Tensor:
-        self.active.by_token = ()
-        self.active.by_sequence = segments(self.owners, np.ones_like(self.owners))
-        with self.resident.using(self.active):
+        active, owners = self.asked.active, self.asked.owners
+        active.by_token, active.sequence_lengths = (), ()
+        active.by_sequence = segments(owners, np.ones_like(owners))
+        self.asked.weigh(self.resident.device)
+        with self.resident.using(active):
             out = self.resident.model(
                 input_ids=ids,
                 attention_mask=self.mask,
@@ -117,8 +137,7 @@ class _Batch:
     def _drop(self, keep: Tensor, token: Tensor) -> Tensor:
         """Let the sequences that have ended leave the batch."""
         index = keep.nonzero().squeeze(1)
-        chosen = index.cpu().numpy()
-        self.rows, self.owners = self.rows[chosen], self.owners[chosen]
+        self.asked = self.asked.at(index.cpu().numpy())
         self.cache.batch_select_indices(index)
         self.mask, self.lengths = self.mask[index], self.lengths[index]
         return token[index]

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from fedllm.engine.low_rank import Delta, LowRank, LowRankPath
 from fedllm.engine.packing import Segment
+from fedllm.engine.sparse import Sparse, SparsePath
 from fedllm.errors import ModelError
 
 
@@ -36,6 +37,12 @@ class Active:
     """Seed of each sequence's dropout."""
     sequence_lengths: Sequence[int] = ()
     """Tokens of each sequence in the packed row; empty in padded layout."""
+    sparse: Mapping[str, Sparse] = field(default_factory=dict)
+    """Layer to the clients' sparse changes of its weight."""
+    mix: Mapping[str, Tensor] = field(default_factory=dict)
+    """Slot to the weight of its paths for each sequence of the pass, fp32 (N,)."""
+    is_everything: bool = False
+    """Whether every row of any activation is the first client's (one model, outside of passes)."""
     is_wide: bool = False
     """Whether all clients' paths form one wide product (see `LowRankPath`)."""
     anchor: Tensor | None = None
@@ -47,6 +54,8 @@ class Active:
         An activation has a row a token (packed), a row a sequence (after pooling), or a fixed
         number of rows a sequence (padded).
         """
+        if self.is_everything:
+            return [Segment(0, 0, size)]
         if self.by_token and self.by_token[-1].end == size:
             return self.by_token
         total = self.by_sequence[-1].end
@@ -57,6 +66,18 @@ class Active:
             )
         each = size // total
         return [Segment(s.row, s.start * each, s.end * each) for s in self.by_sequence]
+
+    def column_weights(self, low_rank: LowRank | None, x: Tensor) -> Tensor | None:
+        """Return how much each row of x (rows, in) weighs each column of the factors, (rows, R)."""
+        if not self.mix or low_rank is None or low_rank.columns is None:
+            return None
+        ones = torch.ones_like(next(iter(self.mix.values())))
+        by_path = torch.stack([self.mix.get(slot, ones) for slot in low_rank.paths], dim=1)
+        by_sequence = by_path[:, low_rank.columns].to(x.dtype)
+        lengths = self.sequence_lengths
+        if sum(lengths) == len(x):
+            return by_sequence.repeat_interleave(torch.tensor(lengths, device=x.device), dim=0)
+        return by_sequence.repeat_interleave(len(x) // len(by_sequence), dim=0)
 
 
 class Slot:
@@ -95,11 +116,11 @@ class LoRALinear(nn.Module):
         if active is None:
             return self.base(x)  # type: ignore[no-any-return]
         low_rank, delta = active.modules.get(self.name), active.delta.get(self.name)
-        if low_rank is None and delta is None:
-            return self.base(x)  # type: ignore[no-any-return]
         flat = x.reshape(-1, x.shape[-1])
+        if low_rank is None and delta is None:
+            return self._with_sparse(self.base(x), flat, active)
         keep = self._dropout_mask(flat, active) if active.dropout else None
-        weight, bias = _plain_weight(self.base)
+        weight, bias = plain_weight(self.base)
         y: Tensor = LowRankPath.apply(  # type: ignore[no-untyped-call]
             flat,
             active.anchor,
@@ -110,9 +131,20 @@ class LoRALinear(nn.Module):
             active.segments(len(flat)),
             keep,
             active.is_wide,
+            active.column_weights(low_rank, flat),
         )
         y = y.view(*x.shape[:-1], y.shape[-1])
-        return y if weight is not None else self.base(x) + y
+        return self._with_sparse(y if weight is not None else self.base(x) + y, flat, active)
+
+    def _with_sparse(self, y: Tensor, flat: Tensor, active: Active) -> Tensor:
+        """Add the clients' sparse changes, if the layer has some."""
+        sparse = active.sparse.get(self.name)
+        if sparse is None:
+            return y
+        path: Tensor = SparsePath.apply(  # type: ignore[no-untyped-call]
+            flat, active.anchor, sparse, active.segments(len(flat))
+        )
+        return y + path.view_as(y)
 
     def _dropout_mask(self, flat: Tensor, active: Active) -> Tensor:
         """Draw each sequence's mask from its own stream, so packing does not change it."""
@@ -128,7 +160,7 @@ class LoRALinear(nn.Module):
         return keep.div_(1 - active.dropout)
 
 
-def _plain_weight(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def plain_weight(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Return weight (out, in) and bias of a layer whose product we may compute ourselves."""
     found: Any = base
     if type(base) is nn.Linear:

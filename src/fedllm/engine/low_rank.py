@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedllm.engine.packing import Segment
+from fedllm.engine.routing import ColumnWeights, Router
 
 Delta = tuple[Tensor, Tensor] | Tensor
 """What was merged into a base weight: factors (b, a), or a dense (out, in) matrix."""
@@ -37,6 +38,12 @@ class LowRank:
     grad_a: Tensor | None = None
     """(K, R, in) fp32; None if A is frozen or nothing is trained."""
     grad_b: Tensor | None = None
+    router: Router | None = None
+    """What weighs the paths token by token, if the layer has a router."""
+    paths: tuple[str, ...] = ("",)
+    """Slots of the paths that are stacked in A and B."""
+    columns: Tensor | None = None
+    """int (R,): the path of each column; None where there is only one."""
 
     @property
     def wide_a(self) -> Tensor:
@@ -62,7 +69,7 @@ class LowRankPath(torch.autograd.Function):
 
     Args of `forward`: x (rows, in); an anchor that makes a pass over frozen inputs differentiable;
     weight (out, in) and bias, or None to leave the base product out; factors; delta; segments; the
-    scaled dropout mask; whether all clients form one wide product.
+    scaled dropout mask; whether all clients form one wide product; weights of the columns (rows, R)
     """
 
     @staticmethod
@@ -77,6 +84,7 @@ class LowRankPath(torch.autograd.Function):
         segments: Sequence[Segment],
         keep: Tensor | None,
         is_wide: bool,
+        given: Tensor | None = None,
     ) -> Tensor:
         """Compute in place on the base layer's output."""
         if weight is not None:
@@ -86,6 +94,8 @@ class LowRankPath(torch.autograd.Function):
         if delta is not None:
             _add_delta(y, x, delta)
         hidden: list[Tensor] = []
+        weights = ColumnWeights(None if low_rank is None else low_rank.router, given)
+        is_wide = is_wide and weights.is_one
         if low_rank is not None:
             dropped = x if keep is None else x * keep
             if is_wide:
@@ -93,16 +103,16 @@ class LowRankPath(torch.autograd.Function):
                 hidden = [(dropped @ low_rank.wide_a.T).mul_(mask), mask]
                 y.addmm_(hidden[0], low_rank.wide_b.T)
             else:
-                hidden = _add_paths(y, dropped, low_rank, segments)
-        trains_a = low_rank is not None and low_rank.grad_a is not None
-        ctx.save_for_backward(x if trains_a else None, keep, weight, *hidden)
-        ctx.parts = low_rank, delta, segments, is_wide
+                hidden = _add_paths(y, x, dropped, low_rank, segments, weights)
+        needs_x = low_rank is not None and (low_rank.grad_a is not None or bool(low_rank.router))
+        ctx.save_for_backward(x if needs_x else None, keep, weight, *hidden)
+        ctx.parts = low_rank, delta, segments, is_wide, weights
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the input's gradient; add the factors' to their buffers."""
-        low_rank, delta, segments, is_wide = ctx.parts
+        low_rank, delta, segments, is_wide, weights = ctx.parts
         x, keep, weight, *hidden = ctx.saved_tensors
         dy = grads[0]
         dx = None
@@ -116,18 +126,26 @@ class LowRankPath(torch.autograd.Function):
             if is_wide:
                 _wide_backward(dx, dy, seen, keep, low_rank, hidden)
             else:
-                _segment_backward(dx, dy, seen, keep, low_rank, hidden, segments)
-        return dx, *(None,) * 8
+                moved = x, seen, keep
+                _segment_backward(dx, dy, moved, low_rank, hidden, segments, weights)
+        return dx, *(None,) * 9
 
 
 def _add_paths(
-    y: Tensor, x: Tensor, low_rank: LowRank, segments: Sequence[Segment]
+    y: Tensor,
+    x: Tensor,
+    dropped: Tensor,
+    low_rank: LowRank,
+    segments: Sequence[Segment],
+    weights: ColumnWeights,
 ) -> list[Tensor]:
-    """Add each segment's path to y; return the rank-r activations."""
+    """Add each segment's path to y; return the rank-R activations."""
     hidden = []
     for row, start, end in segments:
-        h = x[start:end] @ low_rank.a[row].T
-        y[start:end].addmm_(h, low_rank.b[row].T, alpha=low_rank.scaling[row])
+        h = dropped[start:end] @ low_rank.a[row].T
+        share = weights.of(row, x[start:end], start, end)
+        inner = h if share is None else h * share
+        y[start:end].addmm_(inner, low_rank.b[row].T, alpha=low_rank.scaling[row])
         hidden.append(h)
     return hidden
 
@@ -135,19 +153,26 @@ def _add_paths(
 def _segment_backward(
     dx: Tensor | None,
     dy: Tensor,
-    seen: Tensor | None,
-    keep: Tensor | None,
+    moved: tuple[Tensor | None, Tensor | None, Tensor | None],
     low_rank: LowRank,
     hidden: Sequence[Tensor],
     segments: Sequence[Segment],
+    weights: ColumnWeights,
 ) -> None:
+    x, seen, keep = moved
     for h, (row, start, end) in zip(hidden, segments, strict=True):
         d, s = dy[start:end], low_rank.scaling[row]
+        own = d if x is None else x[start:end]
+        share = None if weights.is_one else weights.of(row, own, start, end)
         if low_rank.grad_b is not None:
-            low_rank.grad_b[row].add_(d.T @ h, alpha=s)
+            low_rank.grad_b[row].add_(d.T @ (h if share is None else h * share), alpha=s)
         if seen is None and dx is None:
             continue
         g = d @ low_rank.b[row]
+        if low_rank.router is not None and x is not None:
+            back = None if dx is None else dx[start:end]
+            low_rank.router.backward(row, x[start:end], g * h * s, back)
+        g = g if share is None else g * share
         if low_rank.grad_a is not None and seen is not None:
             low_rank.grad_a[row].add_(g.T @ seen[start:end], alpha=s)
         if dx is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedllm.adapters import Adapter, initial
 from fedllm.engine.forward import Forward
-from fedllm.engine.lora import Active, ClientHead, LoRALinear, Slot
+from fedllm.engine.lora import Active, ClientHead, LoRALinear, Slot, plain_weight
 from fedllm.engine.norm import replace_rms_norms
 from fedllm.models import LoadedModel, head_modules, linear_shape, target_modules
 
@@ -74,9 +75,11 @@ class Resident:
             assert size is not None
             columns, rows = size
             self.shapes[name] = (rows, columns)
-            _replace(self.model, name, LoRALinear(base, name, self.slot, index))
+            replace_module(self.model, name, LoRALinear(base, name, self.slot, index))
         for head in self.heads:
-            _replace(self.model, head, ClientHead(self.model.get_submodule(head), head, self.slot))
+            replace_module(
+                self.model, head, ClientHead(self.model.get_submodule(head), head, self.slot)
+            )
         replace_rms_norms(self.model)
 
     @property
@@ -93,6 +96,20 @@ class Resident:
         """The target layers that store their weight as (in, out), as GPT-2's do."""
         layers = ((n, self.model.get_submodule(n)) for n in self.shapes)
         return tuple(n for n, m in layers if type(m.base).__name__ == "Conv1D")
+
+    def base_weight(self, layer: str) -> Tensor:
+        """Return the base weight (out, in) of an adapted layer in fp32, unpacked if quantised."""
+        wrapped = self.model.get_submodule(layer)
+        assert isinstance(wrapped, LoRALinear)
+        base = wrapped.base
+        weight, _ = plain_weight(base)
+        if weight is not None:
+            return weight.detach().float().cpu().contiguous()
+        columns = self.shapes[layer][1]
+        identity = torch.eye(columns, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            rows: Tensor = base(identity) - base(torch.zeros_like(identity))
+        return rows.T.float().cpu().contiguous()
 
     @contextmanager
     def using(self, active: Active) -> Iterator[None]:
@@ -112,6 +129,7 @@ def _own_stop_ids(loaded: LoadedModel) -> set[int]:
     return {int(token) for token in found if token is not None}
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place of one with this dotted name."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, last, module)

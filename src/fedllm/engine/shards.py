@@ -45,16 +45,21 @@ def loss_entries(tokens: TokenSet, kind: str) -> np.ndarray:
     return np.asarray(total[tokens.offsets[1:]] - total[tokens.offsets[:-1]])
 
 
-def collect(tokens: TokenSet, chosen: np.ndarray, owners: np.ndarray) -> Sequences:
+def collect(
+    tokens: TokenSet, chosen: np.ndarray, owners: np.ndarray, *, is_prompt: bool = False
+) -> Sequences:
     """Copy the chosen rows of a token set into one pass.
 
     Args:
         tokens: All rows.
         chosen: int (N,): rows in the order of the pass.
         owners: int (N,): the client of each, non-decreasing.
+        is_prompt: Take the prompts alone.
     """
     begin = tokens.offsets[chosen]
     lengths = tokens.offsets[chosen + 1] - begin
+    if is_prompt:
+        lengths = np.maximum(tokens.prompt_lengths[chosen].astype(lengths.dtype), 1)
     index = np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
     index += np.arange(int(lengths.sum()))
     classes = None if tokens.labels is None else tokens.labels[chosen]
