@@ -87,7 +87,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_is_kept(
     assert "Lower training.learning_rate" in text
     assert str(tmp_path / "runs" / "one") in text
     log = (tmp_path / "runs" / "one" / "log.txt").read_text()
-    assert "stopped being finite" in log
+    assert "the server rejected every update of the round" in log
+    assert "not finite from local step 2 on" in log
 
 
 @pytest.mark.parametrize("command", ["run", "check"])

@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedllm.adapters import Adapter, BaseDelta, Product, name_a, name_b
+from fedllm.adapters.peft_format import save_peft
 from fedllm.errors import ModelError, RunError
-from fedllm.results import export_merged, export_peft, merge_into
+from fedllm.results import export_merged, merge_into, new_folder
 
 Folder = Callable[[str], Path]
 TOKENS = torch.arange(3, 27).view(2, 12)
@@ -68,23 +69,24 @@ def test_a_merged_folder_computes_what_the_peft_folder_computes(
     assert bool(base.dense) == (rank == 40)
     tokenizer = tokenizer_of(family, tiny_model)
     export_merged(causal(family, tiny_model), tokenizer, adapter, tmp_path / "m", base=base)
-    export_peft(
-        adapter,
-        tmp_path / "p",
-        base_model=family,
-        task_type="CAUSAL_LM",
-        tokenizer=tokenizer,
-        base=base,
-        conv1d_modules=[module] if family == "gpt2" else [],
-    )
+    with new_folder(tmp_path / "p") as folder:
+        save_peft(
+            adapter,
+            folder,
+            base_model=family,
+            task_type="CAUSAL_LM",
+            base=base,
+            conv1d_modules=[module] if family == "gpt2" else [],
+        )
+        tokenizer.save_pretrained(folder)
     plain = causal(family, tiny_model)
     before = logits(plain)
     peft = logits(PeftModel.from_pretrained(plain, tmp_path / "p").eval())
     merged = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval())
     assert not torch.allclose(before, peft, atol=1e-2)
     torch.testing.assert_close(merged, peft, atol=1e-5, rtol=1e-5)
-    for folder in ("m", "p"):
-        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+    for name in ("m", "p"):
+        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
         assert loaded("Tom has 3").input_ids == tokenizer("Tom has 3").input_ids
 
 
@@ -158,14 +160,8 @@ def test_an_existing_folder_is_not_overwritten(tiny_model: Folder, tmp_path: Pat
     with pytest.raises(RunError, match="not overwritten"):
         export_merged(model, tokenizer, adapter, tmp_path / "out")
     assert model.get_submodule(TARGET["llama"]).weight is weight
-    with pytest.raises(RunError, match="not overwritten"):
-        export_peft(
-            adapter,
-            tmp_path / "out",
-            base_model="x",
-            task_type="CAUSAL_LM",
-            tokenizer=tokenizer,
-        )
+    with pytest.raises(RunError, match="not overwritten"), new_folder(tmp_path / "out"):
+        pass
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from small_runs import Silent, final_digests, records, small_config, write_quest
 
 from fedllm.config import Config
 from fedllm.errors import RunError
+from fedllm.experiment import outputs as outputs_module
 from fedllm.experiment import run as run_module
 from fedllm.experiment.run import resume, run
 from fedllm.results import RunDir, plots
@@ -140,7 +141,7 @@ def test_a_run_interrupted_at_any_word_goes_on_as_if_it_had_not_been(
         *((RunDir, "append", number) for number in (1, 3, 4, 6, 7)),
         (RunDir, "lengths", 3),
         (RunDir, "write", 2),
-        (run_module, "save_peft", 2),
+        (outputs_module, "save_peft", 2),
         (run_module, "save_checkpoint", 1),
         (run_module, "save_checkpoint", 3),
     ],

@@ -15,7 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedllm.adapters import Adapter, BaseDelta, initial, name_a, name_b
+from fedllm.adapters import (
+    Adapter,
+    BaseDelta,
+    initial,
+    layer_of,
+    name_a,
+    name_b,
+    name_core,
+    name_gain,
+    name_index,
+    name_router,
+    name_values,
+)
 from fedllm.algorithms import make
 from fedllm.federation import (
     BaseClient,
@@ -65,13 +77,36 @@ def start_adapter(rank: int, dtype: torch.dtype) -> Adapter:
     return replace(adapter, tensors={n: t.to(dtype) for n, t in adapter.tensors.items()})
 
 
+def path_product(adapter: Adapter, path: str) -> Tensor:
+    """Return gain * scaling * B @ core @ A of a path, written out."""
+    b = adapter[name_b(path)]
+    if name_core(path) in adapter:
+        b = b @ adapter[name_core(path)]
+    if name_gain(path) in adapter:
+        b = b * adapter[name_gain(path)]
+    return adapter.scaling[path] * (b @ adapter[name_a(path)])
+
+
 def effective(adapter: Adapter, base: BaseDelta) -> dict[str, Tensor]:
-    """Return W_eff - W of every module as a dense matrix, and the heads as they are."""
+    """Return W_eff - W of every layer as a dense matrix, and the heads as they are.
+
+    The paths of a layer add up, unless a router weighs them: then each stands for itself.
+    """
+    dtype = next(iter(adapter.tensors.values())).dtype
     total = {name: adapter[name] for name in adapter.heads}
-    for module in adapter.modules:
-        total[module] = adapter.scaling[module] * (
-            adapter[name_b(module)] @ adapter[name_a(module)]
-        )
+    total |= {layer: torch.zeros(SHAPES[layer], dtype=dtype) for layer in SHAPES}
+    for path in adapter.modules:
+        layer = layer_of(path)
+        if name_router(layer) in adapter:
+            total[path] = path_product(adapter, path)
+            total[name_router(layer)] = adapter[name_router(layer)]
+        else:
+            total[layer] = total[layer] + path_product(adapter, path)
+    for layer, shape in SHAPES.items():
+        if name_values(layer) in adapter:
+            flat = torch.zeros(shape[0] * shape[1], dtype=dtype)
+            flat[adapter[name_index(layer)].long()] = adapter[name_values(layer)]
+            total[layer] = total[layer] + flat.view(shape)
     for module, product in base.products.items():
         total[module] = total[module] + product.b @ product.a
     for module, matrix in base.dense.items():
@@ -106,10 +141,30 @@ class FakeEngine:
     def fit(self, job: Job, start: Adapter, client: BaseClient, *, tag: str = "") -> FitRequest:
         return FitRequest(job, start, client, tag)
 
+    def gradient(
+        self, job: Job, start: Adapter, client: BaseClient, *, tag: str = ""
+    ) -> FitRequest:
+        return FitRequest(job, start, client, tag, is_gradient=True)
+
     def train(
         self, requests: Sequence[FitRequest], progress: Progress | None = None
     ) -> list[FitResult]:
-        return [self._one(request) for request in requests]
+        return [self._gradient(r) if r.is_gradient else self._one(r) for r in requests]
+
+    def _gradient(self, request: FitRequest) -> FitResult:
+        job, start, client = request.job, request.start, request.client
+        live = {
+            n: start[n].detach().clone().requires_grad_()
+            for n in start
+            if client.trainable(n, job)
+        }
+        slopes = torch.autograd.grad(
+            self._loss(request, live, 0),
+            list(live.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return FitResult(start.overlaid(dict(zip(live, slopes, strict=True))), 0, {})
 
     def _one(self, request: FitRequest) -> FitResult:
         job, start, client = request.job, request.start, request.client
@@ -128,7 +183,12 @@ class FakeEngine:
             live = {n: t.detach() - job.learning_rate * grads[n] for n, t in live.items()}
         trained = start.overlaid(live)
         self.trained[job.cid] = trained
-        return FitResult(trained, job.steps, {"loss": 1.0, "tokens": float(job.num_samples)})
+        metrics = {
+            "loss": 1.0,
+            "tokens": float(job.num_samples),
+            "rate_sum": job.learning_rate * job.steps,
+        }
+        return FitResult(trained, job.steps, metrics)
 
     def _loss(self, request: FitRequest, live: Mapping[str, Tensor], step: int) -> Tensor:
         job = request.job
@@ -181,9 +241,9 @@ class Round:
         return {job.cid: job.num_samples / total for job in self.jobs}
 
     def client_products(self) -> dict[ClientId, dict[str, Tensor]]:
-        """Return s_k B_k A_k of every module of each client, as dense matrices."""
+        """Return what each client's adapter adds to every layer, as dense matrices."""
         return {
-            cid: {m: adapter.scaling[m] * adapter[name_b(m)] @ adapter[name_a(m)] for m in SHAPES}
+            cid: {m: effective(adapter, BaseDelta())[m] for m in SHAPES}
             for cid, adapter in self.trained.items()
         }
 
@@ -215,12 +275,22 @@ class Federation:
     seed: int = 11
     steps: int = 2
     learning_rate: float = 0.3
+    total_rounds: int = 6
+    """What the server is told of the run's length."""
     rounds: list[Round] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.server, self.client = make(self.name, self.settings, self.head)
         self.store = MemoryStore()
-        self.server.start(start_adapter(self.ranks.largest, self.dtype), self.ranks, self.head)
+        self.server.start(
+            start_adapter(self.ranks.largest, self.dtype),
+            self.ranks,
+            self.head,
+            num_clients=len(CLIENTS),
+            rounds=self.total_rounds,
+            seed=self.seed,
+            weight_of=lambda layer: noise(SHAPES[layer], "weight", layer).to(self.dtype),
+        )
 
     def jobs(self, cohort: Sequence[ClientId]) -> list[Job]:
         """Return the jobs of a cohort, complete, and record the contact."""
@@ -275,8 +345,8 @@ class Federation:
 
     def client_view(self, cid: ClientId) -> dict[str, Tensor]:
         """Return the effective weights that are evaluated for a client."""
-        view = self.server.view(cid)
-        return effective(view.adapter.overlaid(self.store.get(cid)), view.base)
+        view = self.server.view(cid, self.store.get(cid))
+        return effective(view.adapter, view.base)
 
     def views(self) -> dict[str, Tensor]:
         """Return the global view and every client's, under one name each."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from fedllm.adapters import is_head, slot_of
 from fedllm.config import EvaluationConfig
 from fedllm.data import Partition, TokenSet
 from fedllm.errors import ConfigError, unknown
 from fedllm.evaluation.metrics import BY_TASK, METRICS, Evidence, Need
-from fedllm.federation import BaseServer, Scorer, StateStore, View
+from fedllm.federation import BaseServer, Mix, Scorer, StateStore, View
 from fedllm.seeding import rng
 
 Scope = Literal["global", "personal"]
@@ -123,12 +124,38 @@ class Evaluator:
         if scope == "global":
             payload = server.view()
             return [View(payload.adapter, payload.base, np.sort(np.concatenate(shards)))]
-        views = []
-        for cid, rows in enumerate(shards):
-            if len(rows):
-                payload = server.view(cid)
-                views.append(View(payload.adapter.overlaid(store.get(cid)), payload.base, rows))
-        return views
+        views, mixes = [], []
+        cids = [cid for cid, rows in enumerate(shards) if len(rows)]
+        for cid in cids:
+            payload = server.view(cid, store.get(cid))
+            views.append(View(payload.adapter, payload.base, shards[cid]))
+            mixes.append(payload.mix)
+        return self._mixed(views, mixes, cids)
+
+    def _mixed(
+        self, views: list[View], mixes: Sequence[Mix | None], cids: Sequence[int]
+    ) -> list[View]:
+        """Weigh the paths of views that ask for it, by how like each row is to the client's own."""
+        mix = next((m for m in mixes if m is not None), None)
+        if mix is None:
+            return views
+        alone = [
+            View(
+                view.adapter.select(lambda n: slot_of(n) != mix.common or is_head(n)),
+                view.base,
+                view.rows,
+            )
+            for view in views
+        ]
+        alike = self.scorer.similarity(
+            alone, cids, self.tokens, references=mix.references, seed=self.seed
+        )
+        weighed = []
+        for view, cosine in zip(views, alike, strict=True):
+            share = np.clip(mix.strength * cosine, 0.0, 1.0)
+            local = 1.0 - share if mix.is_flipped else share
+            weighed.append(replace(view, mix={mix.common: 1.0 - local, mix.local: local}))
+        return weighed
 
     def _evidence(self, views: Sequence[View], progress: Callable[[int], None] | None) -> Evidence:
         scores = self.scorer.score(views, self.tokens)

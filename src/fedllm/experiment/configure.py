@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fedllm import algorithms
-from fedllm.config import Config, apply_overrides, read, validate
+from fedllm.config import Config, apply_overrides, means_mixed_ranks, read, validate
 from fedllm.errors import ConfigError, unknown
 from fedllm.evaluation import METRICS
+from fedllm.experiment import exchange
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -42,6 +43,8 @@ def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
     if isinstance(metrics, list):
         strange = [name for name in metrics if name not in METRICS]
         problems += [f"evaluation.metrics: {unknown('metric', str(n), METRICS)}" for n in strange]
+    if config is not None:
+        problems += exchange.problems(config)
     if problems or config is None:
         raise ConfigError(problems, source)
     return config
@@ -54,8 +57,7 @@ def _algorithm_problems(tree: Mapping[str, Any]) -> list[str]:
     if not isinstance(given, Mapping):
         return []
     settings = {key: value for key, value in given.items() if key != "name"}
-    rank = _section(tree, "adapter").get("rank")
-    mixed = isinstance(rank, list) and len({str(r) for r in rank}) > 1
+    mixed = means_mixed_ranks(_section(tree, "adapter").get("rank"))
     return algorithms.problems(str(given.get("name", "fedit")), settings, mixed_rank=mixed)
 
 

@@ -9,24 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedllm import algorithms
-from fedllm.adapters import Adapter
-from fedllm.adapters.names import name_a, name_b
 from fedllm.config import Config
 from fedllm.data import Dataset, Partition
 from fedllm.evaluation import BY_TASK, METRICS
-from fedllm.experiment.parts import plan_of, ranks_of, scaling_of
-from fedllm.federation import BaseClient, Job, Update
-from fedllm.simulation import Loop, Population
-from fedllm.system import Ideal
+from fedllm.experiment.parts import plan_of
 
 if TYPE_CHECKING:
-    import torch
-
     from fedllm.models import Kind
 
-_ROUNDS_PLAYED = 4
-"""Enough to see algorithms that alternate, and a base that grows."""
 _BYTES_PER_TRAINED = 16
 """fp32 parameter, gradient and two moments of AdamW."""
 _SHARE_OF_MATMUL = 0.25
@@ -51,17 +41,10 @@ class Shapes:
     body_parameters: int
     """Parameters that every token is multiplied with: without embeddings and output matrix."""
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """Mean bytes of the whole cohort in a round."""
-
-    up_bytes: float
-    down_bytes: float
-    rounds_played: int
-    """Over how many rounds the mean is taken."""
-    grows: bool
-    """Whether later rounds send more, because what is sent accumulates."""
+    @property
+    def head_parameters(self) -> int:
+        """Size of the classification head."""
+        return sum(int(np.prod(shape)) for shape in self.heads.values())
 
 
 @dataclass(frozen=True)
@@ -130,65 +113,6 @@ def shapes_of(config: Config, kind: Kind, label_names: Sequence[str]) -> Shapes:
     )
 
 
-def traffic(config: Config, shapes: Shapes, partition: Partition) -> Traffic:
-    """Play the first rounds with tensors that have a shape and no memory, and read the ledger.
-
-    The loop, the algorithm and its payloads are the real ones, so the bytes are exact; only local
-    training is left out.
-    """
-    import torch
-
-    head = config.adapter.head
-    rank = config.adapter.max_rank
-    server, client = algorithms.make(config.algorithm.name, config.algorithm.settings, head)
-    tensors: dict[str, torch.Tensor] = {}
-    with torch.device("meta"):
-        for module, (rows, columns) in shapes.modules.items():
-            tensors[name_a(module)] = torch.empty(rank, columns)
-            tensors[name_b(module)] = torch.empty(rows, rank)
-        tensors |= {name: torch.empty(shape) for name, shape in shapes.heads.items()}
-    start = Adapter(tensors, dict.fromkeys(shapes.modules, scaling_of(config)))
-    server.start(start, ranks_of(config), head)
-    loop = Loop(
-        server=server,
-        client=client,
-        world=Ideal(),
-        executor=_Untrained(client),
-        plan=plan_of(config),
-        population=Population(partition.train_sizes.tolist()),
-        cohort_size=config.federation.cohort,
-        seed=config.seed,
-    )
-    rounds = min(config.federation.rounds, _ROUNDS_PLAYED)
-    played = list(loop.run(rounds))
-    down = [sum(row["down_bytes"] for row in made.ledger) for made in played]
-    up = [sum(row["up_bytes"] for row in made.ledger) for made in played]
-    return Traffic(float(np.mean(up)), float(np.mean(down)), rounds, bool(server.base.sizes))
-
-
-@dataclass
-class _Untrained:
-    """An executor whose clients send back what they were sent."""
-
-    client: BaseClient
-
-    def run(self, jobs: Sequence[Job]) -> list[Update]:
-        """Return an update of the right shape for each job."""
-        return [self._update(job) for job in jobs]
-
-    def _update(self, job: Job) -> Update:
-        adapter = job.payload.adapter.overlaid(job.state)
-        return Update(
-            cid=job.cid,
-            version=job.version,
-            stage=job.stage,
-            adapter=adapter.select(lambda name: self.client.shared(name, job)),
-            num_samples=job.num_samples,
-            num_steps=job.steps,
-            state=dict(adapter.select(lambda name: self.client.kept(name, job)).tensors),
-        )
-
-
 def memory(config: Config, shapes: Shapes, dataset: Dataset, base_bytes: int) -> Memory:
     """Add up base, buffers of the clients that train together, and one pass's activations.
 
@@ -206,7 +130,7 @@ def memory(config: Config, shapes: Shapes, dataset: Dataset, base_bytes: int) ->
     lengths = dataset.train.lengths
     step_tokens = float(lengths.mean()) * plan_of(config).rows_per_step
     trained = sum(sum(shape) for shape in shapes.modules.values()) * config.adapter.max_rank
-    trained += sum(int(np.prod(shape)) for shape in shapes.heads.values())
+    trained += shapes.head_parameters
     together = min(clients_at_once(limit, step_tokens, trained), config.federation.cohort)
     tokens = int(min(max(limit, lengths.max()), together * step_tokens))
     supervised = tokens * float(dataset.train.supervised.mean())

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedllm.errors import RunError
 from fedllm.experiment.evaluate import check_client
+from fedllm.experiment.outputs import view_of, write_adapter
 from fedllm.experiment.parts import Parts, load_base
-from fedllm.experiment.run import peft_words, restored
-from fedllm.results import export_merged, export_peft
+from fedllm.experiment.run import restored
+from fedllm.results import export_merged, new_folder
 
 if TYPE_CHECKING:
     from fedllm.models import LoadedModel
@@ -67,17 +68,15 @@ def export(
 def _write(parts: Parts, folder: Path, merged: bool, client: int | None) -> None:
     from fedllm.models.quiet import quiet
 
-    payload = parts.server.view(client)
-    kept = parts.loop.store.get(client) if client is not None else {}
-    adapter = payload.adapter.overlaid(kept)
     if merged:
+        payload = view_of(parts, client)
         plain = _unwrapped(parts)
         with quiet():
-            export_merged(plain.model, plain.tokenizer, adapter, folder, base=payload.base)
+            export_merged(plain.model, plain.tokenizer, payload.adapter, folder, base=payload.base)
     else:
-        words: dict[str, Any] = peft_words(parts, client)
-        tokenizer = parts.loaded.tokenizer
-        export_peft(adapter, folder, base=payload.base, tokenizer=tokenizer, **words)
+        with new_folder(folder) as temporary:
+            write_adapter(parts, temporary, client)
+            parts.loaded.tokenizer.save_pretrained(temporary)
 
 
 def _unwrapped(parts: Parts) -> LoadedModel:

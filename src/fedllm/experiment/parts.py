@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,10 @@ from fedllm.config import Config
 from fedllm.data import Dataset, Partition, load_dataset, partition
 from fedllm.errors import DataError
 from fedllm.evaluation import Evaluator, Scope
+from fedllm.experiment.exchange import reception_of, transport_of
 from fedllm.federation import BaseClient, BaseServer, Plan, Scorer
 from fedllm.seeding import derive
-from fedllm.system import Ideal, RankRule
+from fedllm.system import Ideal, RankRule, rank_rule
 
 if TYPE_CHECKING:
     from fedllm.engine import CohortEngine
@@ -66,11 +67,26 @@ def plan_of(config: Config) -> Plan:
     return Plan(config.training, config.federation.rounds)
 
 
-def ranks_of(config: Config) -> RankRule:
-    """Return which rank each client has."""
-    rank = config.adapter.rank
-    choices = tuple(rank) if isinstance(rank, list) else (rank,)
-    return RankRule(choices, config.seed)
+def ranks_of(
+    config: Config, shapes: Mapping[str, tuple[int, int]], head_parameters: int
+) -> RankRule:
+    """Return which rank each client has.
+
+    Args:
+        config: The checked configuration.
+        shapes: Adapted layer to (out, in) of its weight; what fits a memory depends on them.
+        head_parameters: Size of the classification head.
+
+    Raises:
+        ConfigError: If the smallest rank does not fit every client's memory.
+    """
+    return rank_rule(
+        config.adapter.rank,
+        config.seed,
+        num_clients=config.federation.num_clients,
+        rank_parameters=sum(sum(shape) for shape in shapes.values()),
+        head_parameters=0 if config.adapter.head == "frozen" else head_parameters,
+    )
 
 
 def scaling_of(config: Config) -> float:
@@ -162,7 +178,17 @@ def _algorithm(config: Config, engine: CohortEngine) -> tuple[BaseServer, BaseCl
     start = engine.resident.initial_adapter(
         config.adapter.max_rank, scaling_of(config), derive(config.seed, "adapter")
     )
-    server.start(start, ranks_of(config), head)
+    head_parameters = sum(tensor.numel() for tensor in engine.resident.head_start.values())
+    server.start(
+        start,
+        ranks_of(config, engine.resident.shapes, head_parameters),
+        head,
+        num_clients=config.federation.num_clients,
+        rounds=config.federation.rounds,
+        seed=derive(config.seed, "server"),
+        weight_of=engine.resident.base_weight,
+        downlink=transport_of(config).downlink,
+    )
     return server, client
 
 
@@ -185,6 +211,7 @@ def _loop(
         population=Population(shards.train_sizes.tolist()),
         cohort_size=config.federation.cohort,
         seed=config.seed,
+        reception=reception_of(config),
     )
 
 

@@ -8,15 +8,17 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedllm.adapters.peft_format import save_peft
 from fedllm.config import Config, dump
 from fedllm.data import heterogeneity
 from fedllm.errors import RunError
 from fedllm.evaluation import Evaluation
 from fedllm.experiment.configure import load_config
+from fedllm.experiment.exchange import epsilon_of
+from fedllm.experiment.outputs import personal_clients, write_adapter
 from fedllm.experiment.parts import Parts, build
 from fedllm.federation import Codec, Update
 from fedllm.results import RunDir, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -139,6 +141,8 @@ class _Session:
             "round": made.number,
             "virtual_time_s": made.time_s,
             "train": _training(made.updates),
+            "agg_error": made.agg_error,
+            "rejected": list(made.rejected),
             "bytes": {
                 "up": sum(row["up_bytes"] for row in made.ledger),
                 "down": sum(row["down_bytes"] for row in made.ledger),
@@ -148,10 +152,19 @@ class _Session:
         }
         self.directory.append("events", made.events)
         self.directory.append("ledger", made.ledger)
+        if self.parts.config.updates.privacy is not None:
+            record["privacy"] = self._privacy(made.number)
         self._record(record, evaluation, made.wall_s)
         every, rounds = self.parts.config.checkpoint.every, self.parts.config.federation.rounds
         if made.number % every == 0 or made.number == rounds:
             self._save(made.number, is_last=made.number == rounds)
+
+    def _privacy(self, rounds: int) -> dict[str, Any]:
+        """Return what may be claimed so far."""
+        population = int((self.parts.partition.train_sizes > 0).sum())
+        spent = epsilon_of(self.parts.config, self.parts.server, rounds, population)
+        assert spent is not None
+        return asdict(spent)
 
     def _is_due(self, number: int) -> bool:
         every = self.parts.config.evaluation.every
@@ -199,7 +212,7 @@ class _Session:
         def write(folder: Path) -> None:
             write_adapter(parts, folder / "adapter")
             if is_last:
-                for cid in parts.loop.store.clients():
+                for cid in personal_clients(parts):
                     write_adapter(parts, folder / "clients" / str(cid) / "adapter", cid)
 
         keep = parts.config.checkpoint.keep
@@ -210,29 +223,6 @@ class _Session:
 
         self.watch.say("drawing")
         plot_run(self.directory)
-
-
-def write_adapter(parts: Parts, folder: Path, cid: int | None = None) -> None:
-    """Write the global view, or a client's, in PEFT's layout."""
-    payload = parts.server.view(cid)
-    kept = parts.loop.store.get(cid) if cid is not None else {}
-    save_peft(payload.adapter.overlaid(kept), folder, base=payload.base, **peft_words(parts, cid))
-
-
-def peft_words(parts: Parts, cid: int | None = None) -> dict[str, Any]:
-    """Return what an exported adapter says of itself."""
-    return {
-        "base_model": parts.loaded.source,
-        "task_type": parts.task_type,
-        "conv1d_modules": parts.engine.resident.conv1d_modules,
-        "dropout": parts.config.adapter.dropout,
-        "metadata": {
-            "algorithm": parts.config.algorithm.name,
-            "version": str(parts.server.version),
-            "client": "global" if cid is None else str(cid),
-            "base_hash": parts.loaded.base_hash,
-        },
-    }
 
 
 def _training(updates: list[Update] | Any) -> dict[str, Any]:

@@ -1,7 +1,14 @@
 """The protocol between server, clients, engine and executors."""
 
-from fedllm.federation.base import BaseClient, BaseServer, HeadPolicy, MixedRank, weighted
-from fedllm.federation.messages import ClientId, FitResult, Job, Part, Payload, Update
+from fedllm.federation.base import (
+    BaseClient,
+    BaseServer,
+    HeadPolicy,
+    MixedRank,
+    visible,
+    weighted,
+)
+from fedllm.federation.messages import ClientId, FitResult, Job, Mix, Part, Payload, Update
 from fedllm.federation.plan import Plan
 from fedllm.federation.protocols import Engine, Executor, FitRequest, Progress, StateStore
 from fedllm.federation.scoring import Scorer, Scores, View
@@ -19,6 +26,7 @@ __all__ = [
     "HeadPolicy",
     "Job",
     "MemoryStore",
+    "Mix",
     "MixedRank",
     "Part",
     "Payload",
@@ -31,5 +39,6 @@ __all__ = [
     "View",
     "restore_server",
     "server_state",
+    "visible",
     "weighted",
 ]

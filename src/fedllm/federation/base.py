@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_head
-from fedllm.federation.messages import ClientId, Job, Part, Payload, Update
+from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_head, is_note, layer_of
+from fedllm.adapters.wire_formats import AS_IS, WireCodec
+from fedllm.federation.messages import ClientId, FitResult, Job, Part, Payload, Update
 from fedllm.federation.protocols import Engine
 from fedllm.system import RankRule
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 MixedRank = Literal["exact", "projected", "padded", "unsupported"]
 HeadPolicy = Literal["shared", "local", "frozen"]
+WeightOf = Callable[[str], "Tensor"]
+"""The base weight (out, in) of a layer, in fp32."""
+
+
+def _no_weights(layer: str) -> Tensor:
+    raise LookupError(f"nobody has told the server the base weight of {layer}")
 
 
 @dataclass(kw_only=True)
@@ -26,13 +33,20 @@ class BaseServer:
     """Server side of an algorithm.
 
     Keyword fields are its settings, under `algorithm:` in the configuration; fields with
-    `init=False` are its state and make up its checkpoint.
+    `init=False` are its state and make up its checkpoint, but for what `start` is given.
     """
 
     mixed_rank: ClassVar[MixedRank] = "unsupported"
     """What happens to clients of unequal rank."""
     is_personal: ClassVar[bool] = False
-    """Whether clients keep tensors that make a view of their own."""
+    """Whether clients have views of their own."""
+    recoordinated: ClassVar[str] = ""
+    """Why tensors of two rounds or two clients cannot be subtracted from each other; empty where
+    they can, so that optimisers, robust means, top-k and privacy are defined."""
+    has_mean: ClassVar[bool] = True
+    """Whether what clients trained has a mean that aggregation aims at (`agg_error`)."""
+    is_random_cohort: ClassVar[bool] = True
+    """Whether cohorts are drawn uniformly, as privacy accounting needs."""
 
     weights: Literal["samples", "uniform"] = "samples"
     """Weigh clients by their number of training rows, or all alike."""
@@ -47,13 +61,45 @@ class BaseServer:
     changed: dict[str, int] = field(default_factory=dict, init=False)
     """Version in which each tensor last changed (absent: never)."""
     ranks: RankRule = field(default=RankRule((1,)), init=False)
-    """Which rank each client has."""
+    """Given: which rank each client has."""
     head: HeadPolicy = field(default="shared", init=False)
-    """What happens to tensors trained in full."""
+    """Given: what happens to tensors trained in full."""
+    num_clients: int = field(default=1, init=False)
+    """Given: size of the population."""
+    rounds: int = field(default=1, init=False)
+    """Given: server updates that the run will make."""
+    seed: int = field(default=0, init=False)
+    """Given: root of the server's own random choices."""
+    weight_of: WeightOf = field(default=_no_weights, init=False, repr=False)
+    """Given: the base weights."""
+    downlink: WireCodec = field(default=AS_IS, init=False)
+    """Given: how increments of the base travel."""
 
-    def start(self, adapter: Adapter, ranks: RankRule, head: HeadPolicy = "shared") -> None:
-        """Take the common initial adapter, of the largest rank."""
+    def start(
+        self,
+        adapter: Adapter,
+        ranks: RankRule,
+        head: HeadPolicy = "shared",
+        *,
+        num_clients: int = 1,
+        rounds: int = 1,
+        seed: int = 0,
+        weight_of: WeightOf = _no_weights,
+        downlink: WireCodec = AS_IS,
+    ) -> None:
+        """Take the common initial adapter, of the largest rank, and what the run is like."""
         self.adapter, self.ranks, self.head = adapter, ranks, head
+        self.num_clients, self.rounds, self.seed = num_clients, rounds, seed
+        self.weight_of, self.downlink = weight_of, downlink
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the algorithm's first state from the initial adapter; by default that is it."""
+
+    @property
+    def stage(self) -> str:
+        """The phase that jobs of this version belong to, if the algorithm has several."""
+        return ""
 
     def sample(
         self, pool: Sequence[ClientId], count: int, rng: np.random.Generator
@@ -66,14 +112,20 @@ class BaseServer:
         """Say what each client of the cohort does: one job from its download."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for cid in cohort:
-            yield Job(cid=cid, payload=self.download(cid), settings=settings)
+            yield Job(cid=cid, payload=self.download(cid), stage=self.stage, settings=settings)
 
     def download(self, cid: ClientId) -> Payload:
         """Return what a client receives, at its own rank."""
         adapter, rank = self.adapter, self.ranks.of(cid)
+        if rank < adapter.rank:
+            adapter = algebra.truncate(adapter, rank)
+        return self.payload(cid, adapter)
+
+    def payload(self, cid: ClientId, adapter: Adapter) -> Payload:
+        """Wrap what a client starts from, telling what it holds already."""
         return Payload(
             version=self.version,
-            adapter=algebra.truncate(adapter, rank) if rank < adapter.rank else adapter,
+            adapter=adapter,
             known=frozenset(name for name in adapter if self.is_known(name, cid)),
             base=self.base,
             known_base=self.contacts.get(cid, -1),
@@ -85,6 +137,10 @@ class BaseServer:
         By default only a head that is never shared: all have it from the start.
         """
         return is_head(name) and self.head != "shared"
+
+    def is_unchanged(self, name: str, cid: ClientId) -> bool:
+        """Tell whether a tensor has not changed since the client last downloaded."""
+        return self.contacts.get(cid, -1) >= self.changed.get(name, 0)
 
     def weight(self, update: Update) -> float:
         """Return how much an update counts, before weights are made to sum to 1."""
@@ -98,26 +154,40 @@ class BaseServer:
         """Make the next global state from one or more weighted updates."""
         self.adapter = self.adapter.overlaid(algebra.mean(weighted(parts), self.adapter))
 
+    def average_heads(self, parts: Sequence[Part]) -> None:
+        """Average what is trained in full, for methods that treat factors otherwise."""
+        sent = [(w, a.select(is_head)) for w, a in weighted(parts)]
+        self.adapter = self.adapter.overlaid(algebra.mean(sent, self.adapter))
+
     def merge(self, increment: Mapping[str, Product]) -> None:
         """Add a low-rank increment to the base weights; the only way they ever change."""
-        self.base = self.base.merged(self.version + 1, increment)
+        if increment:
+            layers = {layer_of(path): product for path, product in increment.items()}
+            self.base = self.base.merged(self.version + 1, layers, self.downlink)
 
     def apply(self, parts: Sequence[Part]) -> None:
-        """Aggregate, and count one more version."""
+        """Aggregate what there is, and count one more version."""
         before = self.adapter
-        self.aggregate(parts)
+        if parts:
+            self.aggregate(parts)
         self.version += 1
         for name in self.adapter:
             if name not in before or self.adapter[name] is not before[name]:
                 self.changed[name] = self.version
 
-    def view(self, cid: ClientId | None = None) -> Payload:
+    def view(
+        self, cid: ClientId | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> Payload:
         """Return what evaluation and export load: the global view, or client `cid`'s.
 
-        A client's view is what the server knows of it; its private tensors are laid over that.
+        Args:
+            cid: Whose view; None is the global one.
+            state: The client's private tensors, laid over what the server knows of it.
         """
-        adapter = self.adapter if cid is None else self.download(cid).adapter
-        return Payload(self.version, adapter, base=self.base)
+        if cid is None:
+            return Payload(self.version, self.adapter, base=self.base)
+        own = self.download(cid).adapter.overlaid(visible(state or {}))
+        return Payload(self.version, own, base=self.base)
 
 
 class BaseClient:
@@ -142,6 +212,10 @@ class BaseClient:
         """Tell whether a tensor stays with the client: by default only a local head."""
         return is_head(name) and self.head == "local"
 
+    def extra_names(self, job: Job) -> Iterable[str]:
+        """Return the tensors beside which something else is uploaded, of the same size."""
+        return ()
+
     def penalty(self, live: Mapping[str, Tensor], job: Job) -> Tensor | None:
         """Return a differentiable term added to the task loss, from the trainable tensors."""
         return None
@@ -152,17 +226,25 @@ class BaseClient:
 
     def start(self, job: Job) -> Adapter:
         """Return the adapter training starts from: the download, private tensors over it."""
-        return job.payload.adapter.overlaid(job.state)
+        return job.payload.adapter.overlaid(visible(job.state))
+
+    def finish(self, trained: Adapter, job: Job) -> Adapter:
+        """Return what is uploaded of the trained adapter."""
+        return trained.select(lambda name: self.shared(name, job))
 
     async def run(self, job: Job, engine: Engine) -> Update:
         """Train once and return what is shared; what is kept goes into the private state."""
         result = await engine.fit(job, self.start(job), self)
+        return self.update(result, job)
+
+    def update(self, result: FitResult, job: Job) -> Update:
+        """Divide what was trained into what is sent and what is kept."""
         kept = result.adapter.select(lambda name: self.kept(name, job))
         return Update(
             cid=job.cid,
             version=job.version,
             stage=job.stage,
-            adapter=result.adapter.select(lambda name: self.shared(name, job)),
+            adapter=self.finish(result.adapter, job),
             num_samples=job.num_samples,
             num_steps=result.num_steps,
             state=dict(kept.tensors),
@@ -173,3 +255,8 @@ class BaseClient:
 def weighted(parts: Sequence[Part]) -> list[tuple[float, Adapter]]:
     """Return weights and adapters of the parts, as the algebra takes them."""
     return [(part.weight, part.update.adapter) for part in parts]
+
+
+def visible(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the private tensors that are part of the model, not notes beside it."""
+    return {name: tensor for name, tensor in state.items() if not is_note(name)}

@@ -10,12 +10,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedllm.adapters import Adapter, BaseDelta
+from fedllm.adapters import Adapter, BaseDelta, note
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ClientId = int
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How a view weighs two of its paths for each instance it is asked about (FedDPA).
+
+    The weight of `local` is strength * c, c being the mean cosine similarity between the last
+    hidden state of the instance and those of some of the client's training instances.
+    """
+
+    common: str
+    """Slot of the path that gets the rest of the weight."""
+    local: str
+    """Slot of the path that is also active when hidden states are computed."""
+    strength: float
+    """lambda, from 0 to 1."""
+    references: int
+    """How many training instances are compared with."""
+    is_flipped: bool = False
+    """Give `common` the weight of `local`, as FedDPA's released script does."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The weights of an instance just like the client's own: all that a file can say."""
+        local = 1.0 - self.strength if self.is_flipped else self.strength
+        return {self.common: 1.0 - local, self.local: local}
 
 
 @dataclass(frozen=True)
@@ -32,12 +58,21 @@ class Payload:
     """What has been merged into the base weights."""
     known_base: int = -1
     """Version of the base that the client holds."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What travels beside the model, under the names of the tensors it belongs to."""
+    mix: Mix | None = None
+    """How a personal view weighs its paths, if by instance."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that travel down: the tensors not known, and the missing part of the base."""
-        sent = self.adapter.select(lambda name: name not in self.known)
-        return sent.nbytes + self.base.nbytes_since(self.known_base)
+        return sum(t.nbytes for t in self.sent.values()) + self.base.nbytes_since(self.known_base)
+
+    @property
+    def sent(self) -> dict[str, Tensor]:
+        """The tensors that travel, extras under names of their own."""
+        extras = {note("extra", name): tensor for name, tensor in self.extra.items()}
+        return {**{n: t for n, t in self.adapter.tensors.items() if n not in self.known}, **extras}
 
 
 @dataclass(frozen=True)
@@ -83,13 +118,15 @@ class Update:
     stage: str = ""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """Private tensors to keep for the client; never sent."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What travels beside the model, under the names of the tensors it belongs to."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """`loss` (mean per supervised token over all steps), `tokens`, ..."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that travel up."""
-        return self.adapter.nbytes
+        return self.adapter.nbytes + sum(t.nbytes for t in self.extra.values())
 
 
 class Part(NamedTuple):

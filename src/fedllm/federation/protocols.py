@@ -27,6 +27,8 @@ class FitRequest:
     start: Adapter
     client: BaseClient
     tag: str = ""
+    is_gradient: bool = False
+    """Ask for the gradient at `start` over the whole shard instead of training."""
 
     def __await__(self) -> Generator[FitRequest, FitResult, FitResult]:
         result = yield self
@@ -44,6 +46,11 @@ class Engine(Protocol):
         `client` says what is trainable and adds its penalty and correction; `tag` tells apart
         several fits of one job.
         """
+
+    def gradient(
+        self, job: Job, start: Adapter, client: BaseClient, *, tag: str = ""
+    ) -> Awaitable[FitResult]:
+        """Return the gradient of the mean loss over the shard, in place of trained tensors."""
 
     def train(
         self, requests: Sequence[FitRequest], progress: Progress | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,6 +22,8 @@ class View:
     base: BaseDelta
     rows: np.ndarray
     """int (n,): rows of the test set."""
+    mix: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Slot to the weight of its paths for each of these rows, float (n,)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class Scorer(Protocol):
 
     def score(self, views: Sequence[View], tokens: TokenSet) -> Scores:
         """Return the loss and correctness of each asked-for row under its view."""
+
+    def similarity(
+        self,
+        views: Sequence[View],
+        cids: Sequence[int],
+        tokens: TokenSet,
+        *,
+        references: int,
+        seed: int,
+    ) -> list[np.ndarray]:
+        """Return how like each asked-for row is to its client's own training rows, in [-1, 1].
+
+        It is the mean cosine similarity between last hidden states of the prompts, of the row and
+        of `references` random training rows of the client, both under the view's adapter.
+        """
 
     def generate(
         self,

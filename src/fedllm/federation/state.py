@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from fedllm.adapters import Adapter, BaseDelta, Product
+from fedllm.adapters import Adapter, BaseDelta, Product, Routing
 from fedllm.federation.base import BaseServer
-from fedllm.federation.messages import ClientId, Job, Part, Payload, Update
+from fedllm.federation.messages import ClientId, Job, Mix, Part, Payload, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class Codec:
     """
 
     def __init__(self, *types: type) -> None:
-        own = (Adapter, BaseDelta, Product, Payload, Job, Update, Part)
+        own = (Adapter, Routing, BaseDelta, Product, Payload, Mix, Job, Update, Part)
         self.types = {cls.__name__: cls for cls in (*own, *types)}
 
     def pack(self, value: object) -> tuple[Tree, dict[str, Tensor]]:
@@ -95,7 +95,7 @@ class Codec:
         return name
 
 
-_GIVEN = frozenset({"ranks", "head"})
+_GIVEN = frozenset({"ranks", "head", "num_clients", "rounds", "seed", "weight_of", "downlink"})
 """Fields of a server that follow from the configuration, not from the run."""
 
 

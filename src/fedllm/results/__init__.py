@@ -4,7 +4,7 @@
 """
 
 from fedllm.results.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from fedllm.results.export import export_merged, export_peft, merge_into
+from fedllm.results.export import export_merged, merge_into, new_folder
 from fedllm.results.history import VIEWS, History, Series
 from fedllm.results.run_dir import RecordFile, RunDir
 from fedllm.results.storage import strict_json
@@ -19,10 +19,10 @@ __all__ = [
     "RunDir",
     "Series",
     "export_merged",
-    "export_peft",
     "latest_checkpoint",
     "load_checkpoint",
     "merge_into",
+    "new_folder",
     "overview",
     "save_checkpoint",
     "strict_json",

@@ -1,50 +1,19 @@
-"""What leaves a run: a folder PEFT loads, or a model with the training merged into its weights."""
+"""What leaves a run: a new folder, and a model with the training merged into its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedllm.adapters import Adapter, BaseDelta
-from fedllm.adapters.peft_format import TaskType, save_peft
+from fedllm.adapters.peft_format import folded
 from fedllm.errors import ModelError, RunError
 from fedllm.results.storage import atomic_folder, explained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-def export_peft(
-    adapter: Adapter,
-    folder: Path,
-    *,
-    base_model: str,
-    task_type: TaskType,
-    tokenizer: Any,
-    base: BaseDelta | None = None,
-    conv1d_modules: Collection[str] = (),
-    dropout: float = 0.0,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write adapter and tokenizer into a new folder; the arguments are those of `save_peft`.
-
-    Raises:
-        RunError: If the folder exists or cannot be written.
-    """
-    with _new_folder(folder) as temporary:
-        save_peft(
-            adapter,
-            temporary,
-            base_model=base_model,
-            task_type=task_type,
-            base=base,
-            conv1d_modules=conv1d_modules,
-            dropout=dropout,
-            metadata=metadata,
-        )
-        tokenizer.save_pretrained(temporary)
 
 
 def export_merged(
@@ -63,7 +32,7 @@ def export_merged(
         RunError: If the folder exists or cannot be written.
         ModelError: If the model is quantised, or not the one the adapter belongs to.
     """
-    with _new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         merge_into(model, adapter, base)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -81,9 +50,9 @@ def merge_into(model: Any, adapter: Adapter, base: BaseDelta | None = None) -> N
     Raises:
         ModelError: If the model is quantised, or not the one the adapter belongs to.
     """
-    base = base or BaseDelta()
-    for module in dict.fromkeys((*adapter.modules, *base.products, *base.dense)):
-        _add(model, module, _change(module, adapter, base))
+    whole = folded(adapter, base or BaseDelta())
+    for module in whole.modules:
+        _add(model, module, whole.product(module).dense().float())
     parameters = dict(model.named_parameters())
     for name in adapter.heads:
         if name not in parameters:
@@ -106,17 +75,6 @@ def _add(model: Any, module: str, change: Tensor) -> None:
         model.config.tie_word_embeddings = False
     merged = (weight.detach().float() + change.to(weight.device)).to(weight.dtype)
     layer.weight = torch.nn.Parameter(merged, requires_grad=weight.requires_grad)
-
-
-def _change(module: str, adapter: Adapter, base: BaseDelta) -> Tensor:
-    """Return all that is added to a module's weight (out, in), in fp32."""
-    parts = [adapter.product(module).dense()] if module in adapter.modules else []
-    parts += [base.products[module].dense()] if module in base.products else []
-    parts += [base.dense[module]] if module in base.dense else []
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _layer(model: Any, module: str) -> nn.Linear:
@@ -149,7 +107,12 @@ def _stranger(model: Any, name: str) -> str:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder`, whole, when the block ends.
+
+    Raises:
+        RunError: If the folder exists or cannot be written.
+    """
     if folder.exists():
         raise RunError(f"{folder} exists and is not overwritten; choose another folder")
     with explained(folder, "The run itself is untouched."), atomic_folder(folder) as temporary:

@@ -2,6 +2,7 @@
 
 from fedllm.simulation.events import ClientState, Event, EventKind, EventQueue
 from fedllm.simulation.loop import Loop, Population, Round
+from fedllm.simulation.reception import Reception
 from fedllm.simulation.schedules import Sync
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "EventQueue",
     "Loop",
     "Population",
+    "Reception",
     "Round",
     "Sync",
 ]

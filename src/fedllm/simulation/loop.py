@@ -25,8 +25,10 @@ from fedllm.federation import (
     restore_server,
     server_state,
 )
+from fedllm.federation.fidelity import aggregation_error
 from fedllm.seeding import derive, rng
 from fedllm.simulation.events import ClientState, Event, EventKind, EventQueue
+from fedllm.simulation.reception import Reception
 from fedllm.simulation.schedules import Sync
 from fedllm.system import World
 
@@ -40,7 +42,11 @@ class Round:
     time_s: float
     """Virtual time at which it was made."""
     updates: Sequence[Update]
-    """By client."""
+    """Those that were aggregated, by client."""
+    rejected: Sequence[Mapping[str, Any]]
+    """Client and reason of each update that was not."""
+    agg_error: float | None
+    """Distance of the aggregate from the ideal mean update; see `federation.fidelity`."""
     ledger: Sequence[Mapping[str, int]]
     """Bytes down and up of each client."""
     events: Sequence[Mapping[str, Any]]
@@ -79,6 +85,7 @@ class Loop:
     cohort_size: int
     seed: int
     store: MemoryStore = field(default_factory=MemoryStore)
+    reception: Reception = field(default_factory=Reception)
     schedule: Sync = field(default_factory=Sync)
     queue: EventQueue = field(default_factory=EventQueue)
     states: dict[ClientId, ClientState] = field(default_factory=dict)
@@ -87,11 +94,14 @@ class Loop:
     """Dispatched and not yet arrived."""
     results: dict[ClientId, Update] = field(default_factory=dict)
     """Computed and not yet arrived."""
+    answered: dict[ClientId, Job] = field(default_factory=dict)
+    """Jobs of this round whose updates have arrived."""
 
     def __post_init__(self) -> None:
         self._pool = self.population.pool()
         self._events: list[dict[str, Any]] = []
         self._ledger: list[dict[str, int]] = []
+        self._rejected: list[dict[str, Any]] = []
         self._fit_s = 0.0
 
     def run(self, rounds: int) -> Iterator[Round]:
@@ -104,8 +114,7 @@ class Loop:
             if not self.schedule.cohort:
                 self._begin()
             if not len(self.queue):
-                arrived = {update.cid for update in self.schedule.arrived}
-                missing = sorted(set(self.schedule.cohort) - arrived)
+                missing = sorted(set(self.schedule.cohort) - set(self.answered))
                 raise RunError(
                     f"round {self.server.version + 1} cannot end: clients {missing} of its cohort"
                     " will never be available"
@@ -125,6 +134,8 @@ class Loop:
             "states": self.states,
             "jobs": self.jobs,
             "results": self.results,
+            "answered": self.answered,
+            "rejected": self._rejected,
             "kept": {cid: self.store.get(cid) for cid in self.store.clients()},
             "events": self._events,
             "ledger": self._ledger,
@@ -134,7 +145,9 @@ class Loop:
         """Continue from a state that another loop of the same configuration returned."""
         restore_server(self.server, state["server"])
         self.queue = EventQueue(state["clock_s"], iter(state["pending"]))
-        self.schedule = Sync(list(state["cohort"]), list(state["arrived"]))
+        self._rejected, self.answered = list(state["rejected"]), dict(state["answered"])
+        lost = len(self._rejected)
+        self.schedule = Sync(list(state["cohort"]), list(state["arrived"]), lost)
         self.states = dict(state["states"])
         self.jobs, self.results = dict(state["jobs"]), dict(state["results"])
         self.store = MemoryStore(state["kept"])
@@ -161,7 +174,8 @@ class Loop:
                 self._dispatch(event)
             case EventKind.TRAINING_DONE:
                 self._enter(event, ClientState.UPLOADING)
-                upload_s = self.world.upload_s(event.cid, self._upload_bytes(event.cid))
+                nbytes = self.reception.transport.up_nbytes(self.client, self.jobs[event.cid])
+                upload_s = self.world.upload_s(event.cid, nbytes)
                 self._after(upload_s, EventKind.UPLOAD_DONE, event.cid)
             case EventKind.UPLOAD_DONE:
                 self._arrive(event)
@@ -176,15 +190,9 @@ class Loop:
             self.jobs[cid] = self._complete(job)
         self.server.contacts[cid] = self.server.version
         job = self.jobs[cid]
-        down = job.payload.nbytes
-        up = self._upload_bytes(cid)
+        down = self.reception.transport.down_nbytes(job.payload)
         self._ledger.append(
-            {
-                "round": self.server.version + 1,
-                "client": cid,
-                "down_bytes": down,
-                "up_bytes": up,
-            }
+            {"round": self.server.version + 1, "client": cid, "down_bytes": down, "up_bytes": 0}
         )
         self.states[cid] = ClientState.TRAINING
         busy_s = self.world.download_s(cid, down) + self.world.fit_s(cid, job.steps)
@@ -195,6 +203,7 @@ class Loop:
         rows = int(self.population.sizes[job.cid])
         return replace(
             job,
+            payload=self.reception.transport.send_down(job.payload, self.server),
             seed=derive(self.seed, "job", job.cid, job.version),
             steps=self.plan.steps(rows),
             learning_rate=self.plan.learning_rate(job.version),
@@ -202,17 +211,21 @@ class Loop:
             state=self.store.get(job.cid),
         )
 
-    def _upload_bytes(self, cid: ClientId) -> int:
-        """Return what the client will send: known from names and shapes, before training."""
-        job = self.jobs[cid]
-        return job.payload.adapter.select(lambda name: self.client.shared(name, job)).nbytes
-
     def _arrive(self, event: Event) -> None:
         if event.cid not in self.results:
             self._compute()
         self._enter(event, ClientState.IDLE)
-        update = self.results.pop(event.cid)
-        del self.jobs[event.cid]
+        job = self.answered[event.cid] = self.jobs.pop(event.cid)
+        update, nbytes, reason = self.reception.receive(
+            self.results.pop(event.cid), job, self.client
+        )
+        row = next(row for row in reversed(self._ledger) if row["client"] == event.cid)
+        row["up_bytes"] = nbytes
+        if reason:
+            # what the client keeps stays as it was: what it trained is not to be trusted
+            self._rejected.append({"client": event.cid, "reason": reason})
+            self.schedule.reject()
+            return
         self.store.put(event.cid, update.state)
         self.schedule.receive(update)
 
@@ -225,19 +238,29 @@ class Loop:
         self._fit_s += time.perf_counter() - begin
 
     def _aggregate(self) -> Round:
-        parts = self.schedule.parts(self.server)
+        sent = self.schedule.parts(self.server)
         begin = time.perf_counter()
+        parts = self.reception.parts(sent, self.answered, self._rejected, self.cohort_size)
         self.server.apply(parts)
-        wall_s = {"train": self._fit_s, "aggregate": time.perf_counter() - begin}
+        middle = time.perf_counter()
+        agg_error = aggregation_error(self.server, sent, self.answered)
+        wall_s = {
+            "train": self._fit_s,
+            "aggregate": middle - begin,
+            "agg_error": time.perf_counter() - middle,
+        }
         made = Round(
             number=self.server.version,
             time_s=self.queue.now_s,
-            updates=[part.update for part in parts],
+            updates=[part.update for part in sent],
+            rejected=self._rejected,
+            agg_error=agg_error,
             ledger=sorted(self._ledger, key=lambda row: row["client"]),
             events=self._events,
             wall_s=wall_s,
         )
-        self._events, self._ledger, self._fit_s = [], [], 0.0
+        self._events, self._ledger, self._rejected, self._fit_s = [], [], [], 0.0
+        self.answered = {}
         self.schedule.begin([])
         return made
 

@@ -1,0 +1,131 @@
+"""From the configuration to what is done to messages, and which combinations have a meaning."""
+
+from __future__ import annotations
+
+from fedllm import algorithms
+from fedllm.adapters import wire
+from fedllm.config import Config, means_mixed_ranks
+from fedllm.federation import BaseClient, BaseServer, privacy, robust
+from fedllm.federation.privacy import ClientPrivacy, Epsilon
+from fedllm.federation.transport import Transport
+from fedllm.seeding import derive
+from fedllm.simulation import Reception
+
+_COMPARING = ("median", "trimmed-mean", "krum", "multi-krum")
+"""Rules that compare clients' tensors with each other."""
+
+
+def transport_of(config: Config) -> Transport:
+    """Return how messages travel."""
+    up, down = config.communication.uplink, config.communication.downlink
+    return Transport(wire.make(up.name, **up.settings), wire.make(down.name, **down.settings))
+
+
+def privacy_of(config: Config) -> ClientPrivacy | None:
+    """Return the clipping and the noise, if asked for."""
+    asked = config.updates.privacy
+    if asked is None:
+        return None
+    seed = derive(config.seed, "privacy")
+    return ClientPrivacy(asked.clip, asked.noise_multiplier, asked.delta, seed)
+
+
+def reception_of(config: Config) -> Reception:
+    """Return what is done to updates that arrive."""
+    asked = config.updates.robust
+    return Reception(
+        transport=transport_of(config),
+        max_norm=config.updates.max_norm,
+        robust=robust.make(asked.name, asked.settings),
+        privacy=privacy_of(config),
+    )
+
+
+def epsilon_of(config: Config, server: BaseServer, rounds: int, population: int) -> Epsilon | None:
+    """Return what may be claimed after this many rounds; None without privacy.
+
+    Args:
+        config: The run's.
+        server: Says how it samples.
+        rounds: Server updates done.
+        population: Clients that cohorts are drawn from.
+
+    Raises:
+        MissingExtraError: If dp-accounting is not installed.
+    """
+    asked = config.updates.privacy
+    if asked is None:
+        return None
+    sampling = "uniform" if server.is_random_cohort else "sequential"
+    cohort = min(config.federation.cohort, population)
+    return privacy.epsilon(
+        rounds, population, cohort, asked.noise_multiplier, asked.delta, sampling
+    )
+
+
+def problems(config: Config) -> list[str]:
+    """Return what is wrong with `communication` and `updates`, one sentence each."""
+    up, down = config.communication.uplink, config.communication.downlink
+    asked = config.updates.robust
+    wrong = wire.problems(up.name, up.settings, "communication.uplink")
+    wrong += wire.problems(down.name, down.settings, "communication.downlink")
+    wrong += robust.problems(asked.name, asked.settings, "updates.robust")
+    if not wrong and wire.make(down.name, **down.settings).needs_reference:
+        wrong.append(
+            f"communication.downlink: '{down.name}' is for changes, and what clients download is no"
+            " change; choose one of fp32, bf16, fp16, int8, nf4"
+        )
+    name, settings = config.algorithm.name, config.algorithm.settings
+    if wrong or algorithms.problems(name, settings):
+        return wrong
+    server, client = algorithms.make(name, settings, config.adapter.head)
+    return [*_undefined(config, server), *_unfit(config), *_leaking(config, client)]
+
+
+def _undefined(config: Config, server: BaseServer) -> list[str]:
+    """Refuse what subtracts tensors where that has no meaning."""
+    asked = []
+    if config.updates.robust.name != "mean":
+        asked.append("updates.robust")
+    if config.updates.privacy is not None:
+        asked.append("updates.privacy")
+    if config.communication.uplink.name == "topk":
+        asked.append("communication.uplink")
+    why = server.recoordinated
+    return [f"{key}: not defined for '{config.algorithm.name}': {why}" for key in asked if why]
+
+
+def _unfit(config: Config) -> list[str]:
+    """Refuse what does not go with ranks, cohort, or with each other."""
+    rule, wrong = config.updates.robust, []
+    private = config.updates.privacy is not None
+    if means_mixed_ranks(config.adapter.model_dump()["rank"]):
+        compared = ["updates.robust"] if rule.name in _COMPARING else []
+        wrong += [
+            f"{key}: clients of unequal rank have no common tensors to compare; give all one rank"
+            for key in [*compared, *(["updates.privacy"] if private else [])]
+        ]
+    if private and rule.name in _COMPARING:
+        wrong.append(
+            f"updates.robust: '{rule.name}' looks at clients before noise is added, which privacy"
+            " does not allow; use mean or norm-bound"
+        )
+    made = robust.make(rule.name, rule.settings)
+    cohort = config.federation.cohort
+    if isinstance(made, robust.Krum) and cohort < made.fewest:
+        wrong.append(
+            f"updates.robust: '{rule.name}' with byzantine {made.byzantine} and keep {made.keep}"
+            f" needs a cohort of at least {made.fewest} (federation.cohort_size is {cohort})"
+        )
+    return wrong
+
+
+def _leaking(config: Config, client: BaseClient) -> list[str]:
+    """Refuse privacy where something travels that gets no noise."""
+    sends_extra = type(client).extra_names is not BaseClient.extra_names
+    if config.updates.privacy is None or not sends_extra:
+        return []
+    return [
+        "updates.privacy: clients send control variates besides their tensors, and these get no"
+        " noise; choose an algorithm without them"
+    ]

@@ -1,0 +1,114 @@
+"""How many bytes a run moves, found by playing its first rounds without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedllm import algorithms
+from fedllm.adapters import Adapter
+from fedllm.adapters.names import name_a, name_b
+from fedllm.config import Config
+from fedllm.data import Partition
+from fedllm.executors import InlineExecutor
+from fedllm.experiment.exchange import reception_of, transport_of
+from fedllm.experiment.parts import plan_of, ranks_of, scaling_of
+from fedllm.federation import BaseClient, FitRequest, FitResult, Job, Progress
+from fedllm.simulation import Loop, Population
+from fedllm.system import Ideal
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedllm.experiment.estimate import Shapes
+
+_ROUNDS_PLAYED = 4
+"""Enough to see algorithms that alternate, and a base that grows."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Mean bytes of the whole cohort in a round."""
+
+    up_bytes: float
+    down_bytes: float
+    rounds_played: int
+    """Over how many rounds the mean is taken."""
+    grows: bool
+    """Whether later rounds send more, because what is sent accumulates."""
+
+
+def traffic(config: Config, shapes: Shapes, partition: Partition) -> Traffic:
+    """Play the first rounds with tensors that have a shape and no memory, and read the ledger.
+
+    The loop, the algorithm and its payloads are the real ones, so the bytes are exact; only local
+    training is left out.
+    """
+    server, client = algorithms.make(
+        config.algorithm.name, config.algorithm.settings, config.adapter.head
+    )
+    server.start(
+        _start(config, shapes),
+        ranks_of(config, shapes.modules, shapes.head_parameters),
+        config.adapter.head,
+        num_clients=config.federation.num_clients,
+        rounds=config.federation.rounds,
+        weight_of=lambda layer: _shaped(shapes.modules[layer]),
+        downlink=transport_of(config).downlink,
+    )
+    loop = Loop(
+        server=server,
+        client=client,
+        world=Ideal(),
+        executor=InlineExecutor(_Untrained(), client),
+        plan=plan_of(config),
+        population=Population(partition.train_sizes.tolist()),
+        cohort_size=config.federation.cohort,
+        seed=config.seed,
+        reception=reception_of(config),
+    )
+    rounds = min(config.federation.rounds, _ROUNDS_PLAYED)
+    played = list(loop.run(rounds))
+    down = [sum(row["down_bytes"] for row in made.ledger) for made in played]
+    up = [sum(row["up_bytes"] for row in made.ledger) for made in played]
+    return Traffic(float(np.mean(up)), float(np.mean(down)), rounds, bool(server.base.sizes))
+
+
+def _shaped(shape: Sequence[int]) -> torch.Tensor:
+    import torch
+
+    return torch.empty(tuple(shape), device="meta")
+
+
+def _start(config: Config, shapes: Shapes) -> Adapter:
+    rank = config.adapter.max_rank
+    tensors = {}
+    for module, (rows, columns) in shapes.modules.items():
+        tensors[name_a(module)] = _shaped((rank, columns))
+        tensors[name_b(module)] = _shaped((rows, rank))
+    tensors |= {name: _shaped(shape) for name, shape in shapes.heads.items()}
+    return Adapter(tensors, dict.fromkeys(shapes.modules, scaling_of(config)))
+
+
+class _Untrained:
+    """An engine whose clients end where they start."""
+
+    def fit(self, job: Job, start: Adapter, client: BaseClient, *, tag: str = "") -> FitRequest:
+        """Ask for nothing."""
+        return FitRequest(job, start, client, tag)
+
+    def gradient(
+        self, job: Job, start: Adapter, client: BaseClient, *, tag: str = ""
+    ) -> FitRequest:
+        """Ask for nothing, of the same shapes."""
+        return FitRequest(job, start, client, tag, is_gradient=True)
+
+    def train(
+        self, requests: Sequence[FitRequest], progress: Progress | None = None
+    ) -> list[FitResult]:
+        """Return each start as it is."""
+        metrics = {"loss": 0.0, "tokens": 0.0, "rate_sum": 1.0}
+        return [FitResult(r.start, r.job.steps, metrics) for r in requests]
