@@ -21,7 +21,7 @@ from fedllm.engine.assembly import Sources, assembled
 from fedllm.engine.buffers import Buffer, Layout, common_shapes
 from fedllm.engine.lora import Active
 from fedllm.engine.norm import FrozenRMSNorm, replace_rms_norms
-from fedllm.engine.objectives import cross_entropy
+from fedllm.engine.objectives import cross_entropy, is_likeliest
 from fedllm.engine.optimizer import FlatOptimizer, clip_rows
 from fedllm.engine.packing import (
     Packing,
@@ -400,3 +400,9 @@ def test_a_layer_that_sees_only_some_tokens_is_a_model_error() -> None:
     assert active.segments(8) == [Segment(0, 0, 4), Segment(1, 4, 8)]
     with pytest.raises(ModelError, match=r"adapter\.targets"):
         active.segments(7)
+
+
+def test_a_model_that_prefers_nothing_is_not_always_right() -> None:
+    logits = torch.zeros(4, 3)
+    logits[3, 2] = 1.0
+    assert is_likeliest(logits, torch.tensor([0, 1, 2, 2])).tolist() == [True, False, False, True]

@@ -18,11 +18,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedllm.adapters.adapter import Adapter, Routing
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.names import in_slot, is_router, name_a, name_b, slot_of
 from fedllm.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_FILE = "fedllm_adapter.json"
 TENSORS_FILE = "fedllm_adapter.safetensors"
@@ -76,7 +80,8 @@ def save_native(
 
 def _with_base(adapter: Adapter, base: BaseDelta) -> Adapter:
     """Return the adapter with a path for what was merged into the base."""
-    tensors, scaling = {}, {}
+    tensors: dict[str, Tensor] = {}
+    scaling: dict[str, float] = {}
     for layer, product in base.as_products().items():
         path = in_slot(layer, _BASE_SLOT)
         tensors |= {name_b(path): product.b, name_a(path): product.a}

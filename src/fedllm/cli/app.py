@@ -180,6 +180,30 @@ def export(
         print_export(console, found)
 
 
+@app.command()
+def bench(
+    matrix: Annotated[
+        str, typer.Argument(metavar="MATRIX", help="A file, or `algorithms`, which comes along.")
+    ],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[A.B=VALUE]...", help="Settings over those of the file."),
+    ] = None,
+    to: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--to", metavar="DIR", help="Where its runs go; default runs/NAME."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run side by side.")] = 1,
+) -> None:
+    """Run a matrix of algorithms, settings and seeds, and sum it up in a table."""
+    with reported():
+        from fedllm.cli.bench import bench as carry_out
+        from fedllm.experiment.matrix import load_matrix
+
+        found = load_matrix(matrix, overrides)
+        carry_out(Console(), found, to or Path("runs") / found.name, workers)
+
+
 @app.command(name="list")
 def list_names(
     subject: Annotated[

@@ -48,8 +48,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return whether each row's target has the largest logit, bool (n,); ties count."""
-    return logits.gather(1, targets[:, None]).squeeze(1) >= logits.amax(dim=-1)
+    """Return whether greedy choice takes each row's target, bool (n,).
+
+    Of equal logits it takes the first: a model that prefers nothing is not always right.
+    """
+    return logits.argmax(dim=-1) == targets
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,6 @@ class PassOutput:
     owners: Tensor
     """int (n,): the sequence of the pass that an entry belongs to."""
     correct: Tensor | None
-    """bool (n,): whether nothing is likelier than the right token or class; None in training."""
+    """bool (n,): whether greedy choice takes the right token or class; None in training."""
     choices: Tensor | None
     """int (n,): the likeliest class; None in training and for tokens."""
