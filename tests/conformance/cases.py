@@ -72,6 +72,53 @@ def changed_halves(trip: Trip) -> int:
     return has_b * only_b(trip) + has_a * only_a(trip)
 
 
+def nothing(trip: Trip) -> int:
+    """Nothing travels."""
+    return 0
+
+
+def always(trip: Trip) -> int:
+    """One of it, every time."""
+    return 1
+
+
+def before(end: int, elements: Elements) -> Elements:
+    """Send only from versions before `end`, as when the last rounds are local."""
+    return lambda trip: elements(trip) if trip.version < end else 0
+
+
+def once_after(end: int, elements: Elements) -> Elements:
+    """Receive what rests from version `end` on once more at most."""
+    return lambda trip: elements(trip) if trip.since < end else 0
+
+
+EXPERTS = 2
+
+
+def expert_and_router(trip: Trip) -> int:
+    """One expert, and a router with an output for each expert and M - 1 more."""
+    return both(trip) + (2 * EXPERTS - 1) * trip.ins
+
+
+def all_experts(trip: Trip) -> int:
+    """All experts, and one router."""
+    return EXPERTS * both(trip) + (2 * EXPERTS - 1) * trip.ins
+
+
+def alone_then(end: int, elements: Elements) -> Elements:
+    """Send nothing, then once the adapter trained alone, then `elements`."""
+    return lambda trip: (
+        elements(trip) if trip.version >= end else both(trip) * (trip.version == end - 1)
+    )
+
+
+def tiers(root: int, cluster: int) -> Elements:
+    """Receive the tier that is trained, and each that is done once."""
+    return lambda trip: (
+        both(trip) * ((trip.since < root) + (root <= trip.version and trip.since < cluster))
+    )
+
+
 def missed_stacks(trip: Trip) -> int:
     """The increments made since the last contact, or the whole sum where that is smaller."""
     missed = sum(trip.stacks[v - 1] for v in trip.made) * (trip.outs + trip.ins)
@@ -99,10 +146,55 @@ class Case:
     uses_svd: bool = False
     """Factors come out of an SVD: fp32 then agrees to 1e-4 only."""
     exempt: frozenset[str] = frozenset()
-    """Invariants that the specification does not ask of it: `zero-step mixed`."""
+    """Invariants that the specification does not ask of it (`zero-step mixed`, ...)."""
+    heads_up: Elements = always
+    """How many heads a client sends, where heads travel at all."""
+    heads_down: Elements = always
+    """How many heads a client receives."""
+    opening: int = 0
+    """Rounds with everyone that come first, where that is part of the algorithm."""
+    own_download: bool = False
+    """What a client receives is meant for it, or for its cluster."""
+    sends_private: bool = False
+    """What is kept is sent as well."""
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+def with_residuals(trip: Trip) -> int:
+    """A and B, and the residuals merged since the last contact: K - 1 times a rank each."""
+    made = [trip.stacks[version - 1] - trip.rank for version in trip.made]
+    whole = sum(
+        min((sum(trip.stacks) - len(trip.stacks) * trip.rank) * (o + i), o * i)
+        for o, i in trip.shapes
+    )
+    return both(trip) + min(sum(made) * (trip.outs + trip.ins), whole)
+
+
+def cores(heads: int) -> Elements:
+    """A square matrix of each head of every module."""
+    return lambda trip: heads * trip.rank**2 * len(trip.shapes)
+
+
+def values(density: float) -> Elements:
+    """A share of every weight's entries."""
+    return lambda trip: sum(max(1, round(density * o * i)) for o, i in trip.shapes)
+
+
+def stages(end: int, first: Elements, then: Elements) -> Elements:
+    """One thing in the rounds before version `end`, another from it on."""
+    return lambda trip: first(trip) if trip.version < end else then(trip)
+
+
+def twice(elements: Elements) -> Elements:
+    """The same once more, for control variates."""
+    return lambda trip: 2 * elements(trip)
+
+
+def two(trip: Trip) -> int:
+    """One of it, and a control variate of its size."""
+    return 2
 
 
 CASES = [
@@ -127,4 +219,149 @@ CASES = [
         exempt=frozenset({"zero-step mixed"}),
     ),
     Case("flora", up=both, down=missed_stacks, exact=True, mixed_rank="exact"),
+    Case(
+        "fedex-lora",
+        up=both,
+        down=with_residuals,
+        exact=True,
+        mixed_rank="exact",
+    ),
+    Case("fedsvd", up=only_b, down=both, exact=True, mixed_rank="padded", uses_svd=True),
+    Case("ravan", settings={"heads": 3}, up=cores(3), down=cores(3), exact=True),
+    Case("ravan", settings={"heads": 3, "trained_heads": 2}, up=cores(2), down=cores(3)),
+    Case(
+        "slora",
+        settings={"sparse_rounds": 2, "density": 0.1},
+        up=stages(2, values(0.1), both),
+        down=stages(2, values(0.1), both),
+        mixed_rank="projected",
+        uses_svd=True,
+    ),
+    Case(
+        "ilora",
+        up=twice(both),
+        down=twice(both),
+        heads_up=two,
+        heads_down=two,
+        mixed_rank="projected",
+        uses_svd=True,
+        exempt=frozenset({"zero-step mixed"}),
+    ),
+    Case("fedrot-lora", up=both, down=both, mixed_rank="padded"),
+    Case(
+        "fedmomentum",
+        settings={"energy": 1.0},
+        up=both,
+        down=with_residuals,
+        exact=True,
+        uses_svd=True,
+    ),
+    Case("hetlora", settings={"gamma": 1.0}, up=both, down=both, mixed_rank="padded"),
+    Case("lora-fair", up=both, down=both),
+    Case("cyclic", up=both, down=both),
+    Case("fedprox", up=both, down=both),
+    Case("scaffold", up=twice(both), down=twice(both), heads_up=two, heads_down=two),
+    Case("fedavgm", up=both, down=both),
+    Case("fedadagrad", up=both, down=both),
+    Case("fedadam", up=both, down=both),
+    Case("fedyogi", up=both, down=both),
+    Case(
+        "rolora",
+        settings={"optimizer": "fedadam"},
+        up=alternating,
+        down=changed_halves,
+        mixed_rank="padded",
+    ),
+    Case(
+        "ffa-lora",
+        settings={"optimizer": "scaffold"},
+        up=twice(only_b),
+        down=twice(only_b),
+        heads_up=two,
+        heads_down=two,
+        mixed_rank="padded",
+        exact=True,
+    ),
+    Case(
+        "fedsa-lora",
+        settings={"optimizer": "fedprox"},
+        up=only_a,
+        down=only_a,
+        personal=True,
+        mixed_rank="padded",
+        shares_head=False,
+    ),
+    Case("ravan", settings={"heads": 2, "optimizer": "fedavgm"}, up=cores(2), down=cores(2)),
+    Case("ditto", settings={"optimizer": "fedyogi"}, up=both, down=both, personal=True),
+    Case(
+        "local-only", up=nothing, down=nothing, personal=True, mixed_rank="exact", shares_head=False
+    ),
+    Case(
+        "fine-tune",
+        settings={"tune_rounds": 3},  # of the six that the suite's server is told of
+        up=before(3, both),
+        down=once_after(3, both),
+        heads_up=before(3, always),
+        heads_down=once_after(3, always),
+        personal=True,
+    ),
+    Case("ditto", up=both, down=both, personal=True),
+    Case(
+        "feddpa-f",
+        settings={"personal_rounds": 3},
+        up=before(3, both),
+        down=once_after(3, both),
+        heads_up=before(3, always),
+        heads_down=once_after(3, always),
+        personal=True,
+    ),
+    Case("feddpa-t", up=both, down=both, personal=True),
+    Case("pfedlora", up=both, down=both, personal=True),
+    Case("pfedlora", settings={"order": "global-first"}, up=both, down=both, personal=True),
+    Case(
+        "fedlease",
+        settings={"warmup_rounds": 2, "clusters": EXPERTS, "weights": "samples"},
+        up=alone_then(2, expert_and_router),
+        down=lambda trip: all_experts(trip) if trip.version >= 2 else 0,
+        heads_up=lambda trip: trip.version >= 1,
+        heads_down=lambda trip: trip.version >= 2,
+        personal=True,
+        opening=2,
+        own_download=True,
+    ),
+    Case(
+        "hilora",
+        settings={"root_rounds": 2, "cluster_rounds": 2},
+        up=before(4, both),
+        down=tiers(2, 4),
+        heads_up=before(4, always),
+        heads_down=once_after(4, always),
+        personal=True,
+        mixed_rank="projected",
+        uses_svd=True,
+        exempt=frozenset({"zero-step mixed"}),
+        opening=2,
+        own_download=True,
+    ),
+    Case(
+        "hilora",
+        settings={"root_rounds": 100},
+        up=both,
+        down=both,
+        personal=True,
+        mixed_rank="projected",
+        uses_svd=True,
+        exempt=frozenset({"zero-step mixed"}),
+    ),
+    Case(
+        "fedalt",
+        settings={"weights": "samples"},
+        up=both,
+        down=both,
+        personal=True,
+        # the rest of the world of identical clients is their own adapter, not what it was
+        exempt=frozenset({"identical clients"}),
+        own_download=True,
+        sends_private=True,
+    ),
 ]

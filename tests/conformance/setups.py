@@ -37,7 +37,14 @@ class Setup:
         return not (self.mixed and "zero-step mixed" in self.case.exempt)
 
     def build(self, **options: Any) -> Federation:
-        """Return the federation at its start."""
+        """Return the federation after the rounds that its algorithm needs everyone for."""
+        fed = self.start(**options)
+        for _ in range(self.case.opening):
+            fed.round()
+        return fed
+
+    def start(self, **options: Any) -> Federation:
+        """Return the federation at its very start."""
         ranks = mixed_ranks() if self.mixed else RankRule((RANK,))
         return Federation(self.case.name, self.case.settings, ranks=ranks, **options)
 

@@ -102,6 +102,8 @@ def effective(adapter: Adapter, base: BaseDelta) -> dict[str, Tensor]:
             total[name_router(layer)] = adapter[name_router(layer)]
         else:
             total[layer] = total[layer] + path_product(adapter, path)
+    routed = {layer for layer in SHAPES if name_router(layer) in adapter}
+    total = {n: t for n, t in total.items() if n not in routed or n in adapter.modules}
     for layer, shape in SHAPES.items():
         if name_values(layer) in adapter:
             flat = torch.zeros(shape[0] * shape[1], dtype=dtype)
@@ -136,7 +138,9 @@ class FakeEngine:
 
     mode: Literal["perturb", "quadratic"] = "perturb"
     trained: dict[ClientId, Adapter] = field(default_factory=dict)
-    """What each client last held when training ended."""
+    """What each client held when training ended, all passes of a round laid over each other."""
+    fits: list[tuple[FitRequest, FitResult]] = field(default_factory=list)
+    """What was asked for in this round, and what came of it."""
 
     def fit(self, job: Job, start: Adapter, client: BaseClient, *, tag: str = "") -> FitRequest:
         return FitRequest(job, start, client, tag)
@@ -154,9 +158,7 @@ class FakeEngine:
     def _gradient(self, request: FitRequest) -> FitResult:
         job, start, client = request.job, request.start, request.client
         live = {
-            n: start[n].detach().clone().requires_grad_()
-            for n in start
-            if client.trainable(n, job)
+            n: start[n].detach().clone().requires_grad_() for n in start if client.trainable(n, job)
         }
         slopes = torch.autograd.grad(
             self._loss(request, live, 0),
@@ -182,13 +184,21 @@ class FakeEngine:
             grads = grads if corrected is None else corrected
             live = {n: t.detach() - job.learning_rate * grads[n] for n, t in live.items()}
         trained = start.overlaid(live)
-        self.trained[job.cid] = trained
+        self._hold(job, trained)
         metrics = {
             "loss": 1.0,
             "tokens": float(job.num_samples),
             "rate_sum": job.learning_rate * job.steps,
         }
-        return FitResult(trained, job.steps, metrics)
+        result = FitResult(trained, job.steps, metrics)
+        self.fits.append((request, result))
+        return result
+
+    def _hold(self, job: Job, trained: Adapter) -> None:
+        """Record what is held; the weights that a pass gave its paths are not part of that."""
+        own = {p: s for p, s in job.payload.adapter.scaling.items() if p in trained.scaling}
+        held = replace(trained, scaling={**trained.scaling, **own})
+        self.trained[job.cid] = self.trained.get(job.cid, held).joined(held)
 
     def _loss(self, request: FitRequest, live: Mapping[str, Tensor], step: int) -> Tensor:
         job = request.job
@@ -233,6 +243,12 @@ class Round:
     updates: list[Update]
     trained: dict[ClientId, Adapter]
     """What each client held when its training ended, what it does not send included."""
+    fits: list[tuple[FitRequest, FitResult]] = field(default_factory=list)
+    """What clients asked the engine for, and what came of it."""
+
+    def ends(self, cid: ClientId) -> list[Adapter]:
+        """Return what each of a client's passes ended with."""
+        return [result.adapter for request, result in self.fits if request.job.cid == cid]
 
     @property
     def shares(self) -> dict[ClientId, float]:
@@ -277,20 +293,27 @@ class Federation:
     learning_rate: float = 0.3
     total_rounds: int = 6
     """What the server is told of the run's length."""
+    device: str = "cpu"
     rounds: list[Round] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.server, self.client = make(self.name, self.settings, self.head)
         self.store = MemoryStore()
+        start = start_adapter(self.ranks.largest, self.dtype)
         self.server.start(
-            start_adapter(self.ranks.largest, self.dtype),
+            replace(start, tensors={n: t.to(self.device) for n, t in start.tensors.items()}),
             self.ranks,
             self.head,
             num_clients=len(CLIENTS),
             rounds=self.total_rounds,
             seed=self.seed,
-            weight_of=lambda layer: noise(SHAPES[layer], "weight", layer).to(self.dtype),
+            weight_of=lambda layer: noise(SHAPES[layer], "weight", layer).to(
+                self.device, self.dtype
+            ),
         )
+
+    def _weight(self, layer: str) -> Tensor:
+        return noise(SHAPES[layer], "weight", layer).to(self.device, self.dtype)
 
     def jobs(self, cohort: Sequence[ClientId]) -> list[Job]:
         """Return the jobs of a cohort, complete, and record the contact."""
@@ -317,8 +340,10 @@ class Federation:
         """Run a cohort's jobs, and change nothing but the record of contacts."""
         before = self.server.view()
         jobs = self.jobs(cohort)
+        self.engine.trained, self.engine.fits = {}, []
         updates = run_jobs(jobs, self.client, self.engine)
-        return Round(before, jobs, updates, {cid: self.engine.trained[cid] for cid in cohort})
+        trained = {cid: self.engine.trained[cid] for cid in cohort}
+        return Round(before, jobs, updates, trained, self.engine.fits)
 
     def finish(self, done: Round) -> Round:
         """Keep the private states and aggregate."""

@@ -1,6 +1,18 @@
 """Adapters and their algebra."""
 
-from fedllm.adapters import algebra, alignment, clustering, factoring, linear, measure
+from fedllm.adapters import (
+    algebra,
+    alignment,
+    bases,
+    clustering,
+    experts,
+    factoring,
+    linear,
+    measure,
+    penalties,
+    pruning,
+    sparse,
+)
 from fedllm.adapters.adapter import Adapter, Product, Routing, fresh, initial
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.names import (
@@ -12,6 +24,7 @@ from fedllm.adapters.names import (
     is_head,
     is_index,
     is_note,
+    is_on_path,
     is_router,
     is_values,
     layer_of,
@@ -26,15 +39,19 @@ from fedllm.adapters.names import (
     note,
     slot_of,
 )
+from fedllm.adapters.pool import Pool
 
 __all__ = [
     "Adapter",
     "BaseDelta",
+    "Pool",
     "Product",
     "Routing",
     "algebra",
     "alignment",
+    "bases",
     "clustering",
+    "experts",
     "factoring",
     "fresh",
     "in_slot",
@@ -46,6 +63,7 @@ __all__ = [
     "is_head",
     "is_index",
     "is_note",
+    "is_on_path",
     "is_router",
     "is_values",
     "layer_of",
@@ -60,5 +78,8 @@ __all__ = [
     "name_router",
     "name_values",
     "note",
+    "penalties",
+    "pruning",
     "slot_of",
+    "sparse",
 ]

@@ -99,6 +99,11 @@ class Adapter:
         return tuple(name for name in self.tensors if is_head(name))
 
     @property
+    def body(self) -> Adapter:
+        """The part without heads."""
+        return self.select(lambda name: not is_head(name))
+
+    @property
     def nbytes(self) -> int:
         """What the tensors take on the wire."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
@@ -155,6 +160,11 @@ class Adapter:
             routing=other.routing or self.routing,
         )
 
+    def weighed(self, weights: Mapping[str, float]) -> Adapter:
+        """Return this adapter with the paths of some slots counting by a constant factor."""
+        scaling = {m: s * weights.get(slot_of(m), 1.0) for m, s in self.scaling.items()}
+        return replace(self, scaling=scaling)
+
     def digest(self) -> str:
         """Return a SHA-256 over names, shapes, bytes and scalings: equal adapters, equal text."""
         sha = hashlib.sha256()
@@ -187,7 +197,7 @@ def initial(
     """
     tensors: dict[str, Tensor] = {}
     for module, (rows, columns) in shapes.items():
-        tensors[name_a(module)] = _uniform(rank, columns, seed, module)
+        tensors[name_a(module)] = uniform(rank, columns, seed, module)
         tensors[name_b(module)] = torch.zeros(rows, rank)
     return Adapter({**tensors, **(heads or {})}, dict.fromkeys(shapes, scaling))
 
@@ -198,7 +208,7 @@ def fresh(like: Adapter, seed: int) -> Adapter:
     for name, tensor in like.tensors.items():
         if is_a(name):
             rank, columns = tensor.shape
-            tensors[name] = _uniform(rank, columns, seed, module_of(name)).to(tensor)
+            tensors[name] = uniform(rank, columns, seed, module_of(name)).to(tensor)
         elif is_b(name):
             tensors[name] = torch.zeros_like(tensor)
         else:
@@ -206,9 +216,12 @@ def fresh(like: Adapter, seed: int) -> Adapter:
     return replace(like, tensors=tensors)
 
 
-def _uniform(rank: int, columns: int, seed: int, module: str) -> Tensor:
-    """Draw A as `kaiming_uniform(a=sqrt(5))` does: uniform within 1 / sqrt(in)."""
-    digest = hashlib.blake2b(f"{seed}:{module}".encode(), digest_size=8).digest()
+def uniform(rows: int, columns: int, seed: int, name: str) -> Tensor:
+    """Draw (rows, in) as `kaiming_uniform(a=sqrt(5))` does: uniform within 1 / sqrt(in).
+
+    The same seed and name give the same numbers; fewer rows are the leading ones.
+    """
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     bound = columns**-0.5
-    return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)

@@ -81,6 +81,20 @@ def change_of_basis(b: Tensor, a_then: Tensor, a_now: Tensor) -> Tensor:
     return b @ across
 
 
+def onto_basis(adapter: Adapter, then: Adapter, now: Adapter) -> Adapter:
+    """Return every B of the adapter, trained against A of `then`, for A of `now` (FedSVD).
+
+    Where A has not changed, B stays bit for bit. A B of smaller rank goes with the leading rows.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in adapter.modules:
+        old, b = then[name_a(path)], adapter[name_b(path)]
+        new = now[name_a(path)][: b.shape[1]]
+        if not torch.equal(old, new):
+            tensors[name_b(path)] = change_of_basis(b, old, new)
+    return adapter.overlaid(tensors)
+
+
 def ridge_correction(
     products: Mapping[str, Product], adapter: Adapter, strength: float
 ) -> dict[str, Tensor]:

@@ -82,23 +82,56 @@ def _subspace_distance(tensors: Sequence[Tensor], rank: int) -> NDArray[np.float
     return np.clip(distances, 0.0, 1.0)
 
 
+def smoothed(before: Adapter | None, adapter: Adapter, decay: float) -> Adapter:
+    """Return decay * before + (1 - decay) B / ||B||_F of every path: where a client's B points.
+
+    Args:
+        before: What this returned for the client's last update; None for the first one. Of another
+            rank it does not count.
+        adapter: The client's update; not modified.
+        decay: Weight of the past, from 0 to 1.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in adapter.tensors.items():
+        if is_b(name):
+            size = tensor.norm()
+            unit = tensor / torch.where(size > 0, size, torch.ones_like(size))
+            tensors[name] = unit * (1 - decay)
+            if before is not None and before[name].shape == tensor.shape:
+                tensors[name] = tensors[name] + before[name] * decay
+    return Adapter(tensors)
+
+
 def agglomerate(distances: NDArray[np.float64], max_clusters: int) -> list[int]:
     """Return each client's cluster by average linkage, as many as the best silhouette says.
 
     Two to `max_clusters` are tried, fewer than there are clients (a silhouette needs that); of
     equally good numbers the smallest is taken. Below three clients all are in one cluster.
     """
-    from sklearn.cluster import AgglomerativeClustering
     from sklearn.metrics import silhouette_score
 
     best, chosen = -np.inf, np.zeros(len(distances), dtype=int)
     for count in range(2, min(max_clusters, len(distances) - 1) + 1):
-        tree = AgglomerativeClustering(count, metric="precomputed", linkage="average")
-        labels = tree.fit_predict(distances)
+        labels = _linked(distances, count)
         score = silhouette_score(distances, labels, metric="precomputed")
         if score > best + 1e-9:  # a number of clusters does not win by rounding
             best, chosen = score, labels
     return _renumbered(chosen)
+
+
+def agglomerate_into(distances: NDArray[np.float64], count: int) -> list[int]:
+    """Return each client's cluster by average linkage, `count` of them or one a client."""
+    if min(count, len(distances)) < 2:
+        return [0] * len(distances)
+    return _renumbered(_linked(distances, min(count, len(distances))))
+
+
+def _linked(distances: NDArray[np.float64], count: int) -> NDArray[np.int_]:
+    from sklearn.cluster import AgglomerativeClustering
+
+    tree = AgglomerativeClustering(count, metric="precomputed", linkage="average")
+    labels: NDArray[np.int_] = tree.fit_predict(distances)
+    return labels
 
 
 def spectral(

@@ -8,7 +8,8 @@ of FlexLoRA and FedSVD.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedllm.adapters.adapter import Adapter, Product
@@ -23,7 +24,7 @@ from fedllm.adapters.algebra import (
     svd,
 )
 from fedllm.adapters.lazy import LazyModule
-from fedllm.adapters.names import name_a, name_b, name_core, name_gain
+from fedllm.adapters.names import is_on_path, name_a, name_b, name_core, name_gain
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,27 @@ def leading_qr(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(dense[:, :count])
     rows = torch.cat([r, q.T @ dense[:, count:]], dim=1)
     return fitted(completed(q.T, rank).T, rank, 1), fitted(rows, rank, 0)
+
+
+def qr_start(adapter: Adapter, weight_of: Callable[[str], Tensor], slot: str) -> Adapter:
+    """Return the adapter that begins with the QR factors of its weights (ILoRA).
+
+    Every path gets B = Q[:, :r] and A = R[:r], and beside it, in `slot`, the same factors with
+    scaling -s: together they add nothing to W until the path is trained.
+
+    Args:
+        adapter: Gives paths, rank and scalings; not modified.
+        weight_of: Layer to its weight (out, in).
+        slot: Name of the second path of each layer.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in adapter.modules:
+        like = adapter[name_a(path)]
+        q, r = leading_qr(weight_of(path), adapter.rank_of(path))
+        tensors |= {name_a(path): r.to(like), name_b(path): q.to(like)}
+    start = adapter.overlaid(tensors)
+    shift = start.select(is_on_path).moved(slot)
+    return start.joined(replace(shift, scaling={p: -s for p, s in shift.scaling.items()}))
 
 
 def orthonormal_split(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from fedllm.adapters.adapter import Adapter
 from fedllm.adapters.algebra import Weighted, canonical
 from fedllm.adapters.lazy import LazyModule
-from fedllm.adapters.names import is_head
 
 if TYPE_CHECKING:
     import torch
@@ -53,25 +52,32 @@ def flat_norm(tensors: Tensors) -> float:
 def mean_padded(parts: Weighted, onto: Adapter) -> dict[str, Tensor]:
     """Return the weighted mean of zero-padded tensors (HetLoRA).
 
-    Unlike `algebra.mean`, weights are normalised over all participants: a rank component or path
-    that a participant lacks counts as zero. A head, which has no rank, is averaged over those that
-    sent it. Scalings that differ from `onto`'s are first brought to it.
+    Unlike in `algebra.mean`, a rank component that a participant lacks counts as zero. Weights are
+    normalised for each tensor over those that sent it. What lies beyond the rank of them all stays
+    as it is in `onto`: zeros in both factors would never learn again.
+
+    Scalings that differ from `onto`'s are first brought to it.
 
     Args:
         parts: Weights and adapters, of ranks up to `onto`'s.
         onto: Has the shapes and scalings of the result; not modified.
     """
-    everyone = sum(weight for weight, _ in parts)
     mean: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for _, adapter in parts for name in adapter):
         owners = [(weight, adapter) for weight, adapter in parts if name in adapter]
-        total = sum(weight for weight, _ in owners) if is_head(name) else everyone
-        mean[name] = torch.zeros_like(onto[name])
-        for weight, adapter in owners:
-            tensor = canonical(name, adapter, onto)
-            leading = tuple(slice(length) for length in tensor.shape)
-            mean[name][leading].add_(tensor, alpha=weight / total)
+        total = sum(weight for weight, _ in owners)
+        tensors = [(weight / total, canonical(name, one, onto)) for weight, one in owners]
+        mean[name] = onto[name].clone()
+        for _, tensor in tensors:
+            mean[name][_leading(tensor)] = 0.0
+        for share, tensor in tensors:
+            mean[name][_leading(tensor)].add_(tensor, alpha=share)
     return mean
+
+
+def _leading(tensor: Tensor) -> tuple[slice, ...]:
+    """Return the part of a larger tensor that one of this shape fills."""
+    return tuple(slice(length) for length in tensor.shape)
 
 
 def truncated_to(tensors: Tensors, like: Tensors) -> dict[str, Tensor]:
@@ -80,9 +86,7 @@ def truncated_to(tensors: Tensors, like: Tensors) -> dict[str, Tensor]:
     Names that `like` lacks are left out: a smaller participant has no use for them.
     """
     return {
-        name: tensor[tuple(slice(length) for length in like[name].shape)].clone(
-            memory_format=torch.contiguous_format
-        )
+        name: tensor[_leading(like[name])].clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
         if name in like
     }

@@ -58,7 +58,12 @@ def _algorithm_problems(tree: Mapping[str, Any]) -> list[str]:
         return []
     settings = {key: value for key, value in given.items() if key != "name"}
     mixed = means_mixed_ranks(_section(tree, "adapter").get("rank"))
-    return algorithms.problems(str(given.get("name", "fedit")), settings, mixed_rank=mixed)
+    return algorithms.problems(
+        str(given.get("name", "fedit")),
+        settings,
+        mixed_rank=mixed,
+        local_optimizer=str(_section(tree, "training").get("optimizer", "adamw")),
+    )
 
 
 def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fedllm.errors import ConfigError, FedLLMError, unknown
 from fedllm.experiment.configure import check_config
 from fedllm.results import RunDir, overview
 
+_RUNS_A_PROCESS = 32
 BUILTIN = ("algorithms",)
 """Matrices that come with the package."""
 
@@ -38,6 +40,8 @@ class Matrix(Section):
     """Name of a setting to the overrides that make it."""
     algorithms: Literal["all"] | list[str | dict[str, Any]] = "all"
     """Names, or mappings as under `algorithm:`; a `label` tells two of one name apart."""
+    tuned: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Algorithm's name to its own settings, where the defaults do not suit so short a run."""
     references: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Label to the overrides of a row to compare with, such as central training."""
     seeds: list[int] = Field(default_factory=lambda: [0])
@@ -123,7 +127,7 @@ def _rows(matrix: Matrix) -> Iterator[tuple[str, Mapping[str, Any]]]:
     chosen = list(ALGORITHMS) if matrix.algorithms == "all" else matrix.algorithms
     for entry in chosen:
         if isinstance(entry, str):
-            yield entry, {"algorithm": entry}
+            yield entry, {"algorithm": {"name": entry, **matrix.tuned.get(entry, {})}}
         else:
             settings = {key: value for key, value in entry.items() if key != "label"}
             yield str(entry.get("label", entry.get("name"))), {"algorithm": settings}
@@ -165,12 +169,22 @@ def carry_out(
             found.append(_attempt(cell, None))
             told(found[-1])
         return found
-    # spawned, because threads of torch do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # spawned, because threads of torch do not survive a fork; anew at times, to give memory back
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=_hush,
+        max_tasks_per_child=_RUNS_A_PROCESS,
+    ) as pool:
         waiting = [pool.submit(_attempt, cell, workers) for cell in todo]
         for future in as_completed(waiting):
             told(future.result())
         return [future.result() for future in waiting]
+
+
+def _hush() -> None:
+    """Keep a worker's log out of the terminal; each run has a file of its own for it."""
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 def _attempt(cell: Cell, workers: int | None) -> Done:

@@ -8,35 +8,79 @@ from fedllm.federation.base import (
     visible,
     weighted,
 )
+from fedllm.federation.clusters import ClusteredServer
+from fedllm.federation.controls import ControlClient, ControlServer, controls, is_own_pass
+from fedllm.federation.expert_paths import ExpertClient, ExpertServer
+from fedllm.federation.late_bases import LateBasisServer
+from fedllm.federation.local_path import (
+    LOCAL,
+    LocalPathClient,
+    LocalPathServer,
+    MixedPathServer,
+)
 from fedllm.federation.messages import ClientId, FitResult, Job, Mix, Part, Payload, Update
+from fedllm.federation.moments import MomentServer, StepServer
+from fedllm.federation.own_copy import OwnCopyClient, OwnCopyServer
 from fedllm.federation.plan import Plan
 from fedllm.federation.protocols import Engine, Executor, FitRequest, Progress, StateStore
+from fedllm.federation.pruned_ranks import PrunedRankClient, PrunedRankServer
+from fedllm.federation.rest_path import RestPathClient, RestPathServer
 from fedllm.federation.scoring import Scorer, Scores, View
+from fedllm.federation.stages import PERSONAL, RestingServer, StagedServer
 from fedllm.federation.state import Codec, MemoryStore, restore_server, server_state
+from fedllm.federation.tiers import CLUSTER, LEAF, ROOT, TieredClient, TieredServer
 
 __all__ = [
+    "CLUSTER",
+    "LEAF",
+    "LOCAL",
+    "PERSONAL",
+    "ROOT",
     "BaseClient",
     "BaseServer",
     "ClientId",
+    "ClusteredServer",
     "Codec",
+    "ControlClient",
+    "ControlServer",
     "Engine",
     "Executor",
+    "ExpertClient",
+    "ExpertServer",
     "FitRequest",
     "FitResult",
     "HeadPolicy",
     "Job",
+    "LateBasisServer",
+    "LocalPathClient",
+    "LocalPathServer",
     "MemoryStore",
     "Mix",
+    "MixedPathServer",
     "MixedRank",
+    "MomentServer",
+    "OwnCopyClient",
+    "OwnCopyServer",
     "Part",
     "Payload",
     "Plan",
     "Progress",
+    "PrunedRankClient",
+    "PrunedRankServer",
+    "RestPathClient",
+    "RestPathServer",
+    "RestingServer",
     "Scorer",
     "Scores",
+    "StagedServer",
     "StateStore",
+    "StepServer",
+    "TieredClient",
+    "TieredServer",
     "Update",
     "View",
+    "controls",
+    "is_own_pass",
     "restore_server",
     "server_state",
     "visible",

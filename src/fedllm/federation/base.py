@@ -186,7 +186,7 @@ class BaseServer:
         """
         if cid is None:
             return Payload(self.version, self.adapter, base=self.base)
-        own = self.download(cid).adapter.overlaid(visible(state or {}))
+        own = held(self.download(cid).adapter, state or {})
         return Payload(self.version, own, base=self.base)
 
 
@@ -226,7 +226,7 @@ class BaseClient:
 
     def start(self, job: Job) -> Adapter:
         """Return the adapter training starts from: the download, private tensors over it."""
-        return job.payload.adapter.overlaid(visible(job.state))
+        return held(job.payload.adapter, job.state)
 
     def finish(self, trained: Adapter, job: Job) -> Adapter:
         """Return what is uploaded of the trained adapter."""
@@ -255,6 +255,11 @@ class BaseClient:
 def weighted(parts: Sequence[Part]) -> list[tuple[float, Adapter]]:
     """Return weights and adapters of the parts, as the algebra takes them."""
     return [(part.weight, part.update.adapter) for part in parts]
+
+
+def held(adapter: Adapter, state: Mapping[str, Tensor]) -> Adapter:
+    """Lay private tensors over an adapter: not the notes, nor what an earlier stage kept."""
+    return adapter.overlaid({name: t for name, t in state.items() if name in adapter})
 
 
 def visible(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -59,7 +59,8 @@ def aggregation_error(
         own = replace(own, scaling={**own.scaling, **update.adapter.scaling})
         _add(terms, own, -share)
         if server.is_personal:
-            after = server.download(update.cid).adapter
+            # without the paths of a stage that only now begins
+            after = server.download(update.cid).adapter.select(download.tensors.__contains__)
             kept = {n: t for n, t in visible(update.state).items() if n in after}
             _add(terms, after.overlaid(kept), share)
         for layer, change in server.base.since(job.payload.base).items():

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from fedllm.adapters import Adapter, BaseDelta, Product, Routing
+from fedllm.adapters import Adapter, BaseDelta, Pool, Product, Routing
 from fedllm.federation.base import BaseServer
 from fedllm.federation.messages import ClientId, Job, Mix, Part, Payload, Update
 
@@ -30,7 +30,7 @@ class Codec:
     """
 
     def __init__(self, *types: type) -> None:
-        own = (Adapter, Routing, BaseDelta, Product, Payload, Mix, Job, Update, Part)
+        own = (Adapter, Routing, BaseDelta, Pool, Product, Payload, Mix, Job, Update, Part)
         self.types = {cls.__name__: cls for cls in (*own, *types)}
 
     def pack(self, value: object) -> tuple[Tree, dict[str, Tensor]]:
@@ -125,7 +125,8 @@ class MemoryStore:
         return self._tensors.get(cid, {})
 
     def put(self, cid: ClientId, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors for a client."""
+        """Keep these tensors for a client, in place of what it kept before."""
+        self._tensors.pop(cid, None)
         if tensors:
             self._tensors[cid] = tensors
 
