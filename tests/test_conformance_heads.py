@@ -9,10 +9,11 @@ from conformance.setups import (
     Setup,
     each_head,
     each_setup,
+    each_that_holds,
 )
 from conformance.world import HEAD, assert_same
 
-from fedllm.federation import HeadPolicy
+from fedllm.federation import HeadPolicy, visible
 
 
 @each_setup
@@ -26,18 +27,18 @@ def test_private_tensors_survive_whatever_ran_in_between(setup: Setup, head: Hea
             start = fed.client.start(job)
             private = [n for n in start if fed.client.kept(n, job)]
             assert bool(private) >= (head == "local")
-            assert set(private) == set(update.state)
+            assert set(private) == set(visible(update.state))
             assert bool(set(private) & set(update.adapter)) <= setup.case.sends_private
             first = {n: digest(job.payload.adapter[n]) for n in private}
             expected = {n: kept.get(job.cid, {}).get(n, first[n]) for n in private}
             assert {n: digest(start[n]) for n in private} == expected
-            kept[job.cid] = {n: digest(t) for n, t in update.state.items()}
+            kept[job.cid] = {n: digest(t) for n, t in visible(update.state).items()}
             ended = {digest(t) for end in done.ends(job.cid) for t in end.tensors.values()}
             assert set(kept[job.cid].values()) <= ended
         fed.finish(done)
 
 
-@each_setup
+@each_that_holds("head mean")
 def test_a_shared_head_is_the_weighted_mean(setup: Setup) -> None:
     fed = setup.build()
     done = fed.round((0, 2, 3))
@@ -47,7 +48,9 @@ def test_a_shared_head_is_the_weighted_mean(setup: Setup) -> None:
     for update in done.updates:
         ended = {digest(end[HEAD]) for end in done.ends(update.cid)}
         assert digest(update.adapter[HEAD]) in ended
-    wanted = sum(done.shares[u.cid] * u.adapter[HEAD] for u in done.updates)
+    weights = {u.cid: fed.server.weight(u) for u in done.updates}
+    total = sum(weights.values())
+    wanted = sum(weights[u.cid] / total * u.adapter[HEAD] for u in done.updates)
     assert_same({HEAD: fed.server.adapter[HEAD]}, {HEAD: torch.as_tensor(wanted)})
 
 

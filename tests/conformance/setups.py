@@ -31,10 +31,9 @@ class Setup:
         """Whether the specification promises that aggregation loses nothing here."""
         return self.case.exact and (not self.mixed or self.case.mixed_rank == "exact")
 
-    @property
-    def keeps_still(self) -> bool:
-        """Whether a round without training must change nothing."""
-        return not (self.mixed and "zero-step mixed" in self.case.exempt)
+    def holds(self, invariant: str) -> bool:
+        """Tell whether the specification asks an invariant of it."""
+        return not self.case.is_exempt(invariant, mixed=self.mixed)
 
     def build(self, **options: Any) -> Federation:
         """Return the federation after the rounds that its algorithm needs everyone for."""
@@ -57,6 +56,12 @@ class Setup:
 
 SETUPS = [Setup(case) for case in CASES]
 SETUPS += [Setup(case, mixed=True) for case in CASES if case.mixed_rank != "unsupported"]
+
+
+def each_that_holds(invariant: str) -> pytest.MarkDecorator:
+    """Take the setups of which an invariant is asked."""
+    return pytest.mark.parametrize("setup", [s for s in SETUPS if s.holds(invariant)], ids=str)
+
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=str)

@@ -59,16 +59,31 @@ def rotated(
 
 def _rotation(overlap: Tensor, strength: float, proper: bool) -> Tensor:
     """Return R for the overlap of a factor with its reference, (r, r)."""
-    u, s, vh = torch.linalg.svd(overlap)
-    one = torch.eye(len(s), dtype=s.dtype, device=s.device)
-    if proper:
-        u = torch.cat([u[:, :-1], u[:, -1:] * torch.linalg.det(u @ vh).sign()], dim=1)
-    hard = torch.where(s[0] > 0, u @ vh, one)
+    one = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
+    if overlap.is_meta:
+        return one
+    hard = _closest(overlap, proper)
     if strength >= 1:
         return hard
     left, sizes, right = torch.linalg.svd((1 - strength) * one + strength * hard)
-    singular = sizes[-1] < torch.finfo(s.dtype).eps ** 0.5
+    singular = sizes[-1] < torch.finfo(sizes.dtype).eps ** 0.5
     return torch.where(singular, hard, left @ right)
+
+
+def _closest(overlap: Tensor, proper: bool) -> Tensor:
+    """Return R*: as the overlap says where it says something, and the least turn elsewhere.
+
+    In a rank beyond the matrix, or of zeros, nothing says how to turn.
+    """
+    u, s, vh = torch.linalg.svd(overlap)
+    told = int((s > s[0] * torch.finfo(s.dtype).eps * len(s)).sum())
+    rest = slice(told, None)
+    turn, _, back = torch.linalg.svd(u[:, rest].T @ vh[rest].T)
+    u = torch.cat([u[:, :told], u[:, rest] @ turn @ back], dim=1)
+    if proper and bool(torch.linalg.det(u @ vh) < 0):
+        u = torch.cat([u[:, :-1], -u[:, -1:]], dim=1)
+    found: Tensor = u @ vh
+    return found
 
 
 def change_of_basis(b: Tensor, a_then: Tensor, a_now: Tensor) -> Tensor:

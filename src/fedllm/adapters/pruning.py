@@ -50,6 +50,8 @@ def tail_size(tensors: Mapping[str, Tensor], share: float, smallest: int = 1) ->
 
 def pruned(trained: Adapter, start: Adapter, share: float, smallest: int) -> Adapter:
     """Return the trained adapter without its tail if that has become smaller than at the start."""
+    if any(tensor.is_meta for tensor in trained.tensors.values()):
+        return trained  # shapes alone tell the most that can be sent
     after, before = (tail_size(one.tensors, share, smallest) for one in (trained, start))
     if not bool(after < before):
         return trained

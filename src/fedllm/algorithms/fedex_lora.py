@@ -27,7 +27,7 @@ from fedllm.federation import BaseClient, BaseServer, MixedRank, Part, weighted
 class Server(BaseServer):
     """Averages factors and merges the residual."""
 
-    mixed_rank: ClassVar[MixedRank] = "exact"
+    mixed_rank: ClassVar[MixedRank] = "padded"
     recoordinated: ClassVar[str] = "every round moves a part of the update into the base"
 
     residual_rank: Annotated[int, Field(ge=1)] | None = None

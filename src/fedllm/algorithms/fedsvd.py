@@ -25,7 +25,7 @@ from fedllm.federation import BaseClient, Job, LateBasisServer, MixedRank, Part
 class Server(LateBasisServer):
     """Averages B, and refactors the product."""
 
-    mixed_rank: ClassVar[MixedRank] = "padded"
+    mixed_rank: ClassVar[MixedRank] = "projected"
     recoordinated: ClassVar[str] = "its factors come out of an SVD every few rounds"
 
     period: Annotated[int, Field(ge=1)] = 1

@@ -5,8 +5,7 @@ Paper: Babakniya et al., "SLoRA: Federated Parameter Efficient Fine-Tuning of La
 Box:   stage 1, `sparse_rounds` rounds: masked entries of W are trained and averaged, giving dW;
        then U S V^T = svd(dW), B = U_r S_r / s, A = V_r^T, W is W_0 again, and FedIT goes on.
 Fields: the mask, a share `density` of each weight, follows from the run's seed and never travels.
-Evidence: abstract; the switch is another group's implementation (FederatedScope). What the SVD
-truncates is lost. With no sparse rounds it is FedIT.
+Evidence: abstract; the switch is FederatedScope's. With no sparse rounds it is FedIT.
 """
 
 from __future__ import annotations
