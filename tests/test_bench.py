@@ -15,6 +15,7 @@ from small_runs import small_config, write_questions
 from fedllm.algorithms import ALGORITHMS
 from fedllm.config import dump
 from fedllm.errors import ConfigError
+from fedllm.experiment import matrix as matrix_module
 from fedllm.experiment.comparison import Figure, Line, lines, markdown
 from fedllm.experiment.matrix import Matrix, carry_out, cells, load_matrix
 
@@ -104,7 +105,10 @@ def test_what_is_finished_is_not_run_again_and_what_is_not_is_resumed(
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_does(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix_module, "_RUNS_A_PROCESS", 1)  # so that processes are renewed
     matrix = matrix_of(tmp_path, tiny_model("llama"), references={}, seeds=[0])
     one = finished(matrix, tmp_path / "one")
     two = finished(matrix, tmp_path / "two", workers=2)

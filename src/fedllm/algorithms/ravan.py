@@ -1,11 +1,10 @@
 """RAVAN: several frozen bases in a layer, and between the factors of each a small trained core.
 
-Paper: Raje et al., "RAVAN: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning",
-       NeurIPS 2025, arXiv:2506.05568.
+Paper: Raje et al., "RAVAN: Multi-Head Low-Rank Adaptation", NeurIPS 2025, arXiv:2506.05568.
 Box:   W + sum_j s_j B_j H_j A_j, only H_j (from 0) and the scalar s_j (from 1) trained;
        H_j <- sum_k p_k s_j^k H_j^k / sum_k p_k over the clients that trained it  (exact).
 Fields: head j is the path `head<j>`, H_j its core, s_j its gain, folded in before sending.
-Evidence: abstract and a detailed summary. How absentees count was not seen; or `hold` them at H_j.
+Evidence: abstract and a detailed summary; whether absentees `hold` at H_j was not seen.
 """
 
 from __future__ import annotations

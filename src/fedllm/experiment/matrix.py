@@ -21,6 +21,7 @@ from fedllm.experiment.configure import check_config
 from fedllm.results import RunDir, overview
 
 _RUNS_A_PROCESS = 32
+"""After about so many, worker processes are started anew."""
 BUILTIN = ("algorithms",)
 """Matrices that come with the package."""
 
@@ -164,22 +165,25 @@ def carry_out(
     """
     todo = cells(matrix, folder)
     if workers == 1:
-        found = []
-        for cell in todo:
-            found.append(_attempt(cell, None))
-            told(found[-1])
-        return found
-    # spawned, because threads of torch do not survive a fork; anew at times, to give memory back
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=get_context("spawn"),
-        initializer=_hush,
-        max_tasks_per_child=_RUNS_A_PROCESS,
-    ) as pool:
-        waiting = [pool.submit(_attempt, cell, workers) for cell in todo]
-        for future in as_completed(waiting):
-            told(future.result())
-        return [future.result() for future in waiting]
+        return [_told(_attempt(cell, None), told) for cell in todo]
+    found = []
+    batch = workers * _RUNS_A_PROCESS
+    for start in range(0, len(todo), batch):
+        # spawned, because threads of torch do not survive a fork; anew for each batch, to give
+        # memory back (the pool's own way to renew its processes can hang: CPython issue 115634)
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_hush
+        ) as pool:
+            waiting = [pool.submit(_attempt, cell, workers) for cell in todo[start : start + batch]]
+            for future in as_completed(waiting):
+                told(future.result())
+            found += [future.result() for future in waiting]
+    return found
+
+
+def _told(done: Done, told: Callable[[Done], None]) -> Done:
+    told(done)
+    return done
 
 
 def _hush() -> None:
