@@ -73,8 +73,9 @@ def records(run: Path) -> dict[str, bytes]:
 def final_digests(run: Path) -> dict[str, str]:
     """Return the digest of every adapter in the last checkpoint, by its folder there."""
     last = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
-    origins = sorted(last.rglob("fedllm.json"))
-    return {
-        str(path.parent.relative_to(last)): json.loads(path.read_text())["adapter_sha256"]
-        for path in origins
-    }
+    found = {}
+    for path in sorted(last.rglob("fedllm.json")):  # PEFT's layout
+        found[str(path.parent.relative_to(last))] = json.loads(path.read_text())
+    for path in sorted(last.rglob("fedllm_adapter.json")):  # our own
+        found[str(path.parent.relative_to(last))] = json.loads(path.read_text())["metadata"]
+    return {folder: origin["adapter_sha256"] for folder, origin in found.items()}

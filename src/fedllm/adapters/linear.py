@@ -22,16 +22,18 @@ Tensors = Mapping[str, "Tensor"]
 def add(x: Tensors, y: Tensors, factor: float = 1.0) -> dict[str, Tensor]:
     """Return x + factor y for the names of x; a name that y lacks counts as zero there.
 
+    The result lies where x does: what travelled meets what is trained on a device.
+
     >>> import torch
     >>> add({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2)}, 2.0)
     {'a': tensor([3., 3.]), 'b': tensor([1.])}
     """
-    return {name: t + y[name] * factor if name in y else t for name, t in x.items()}
+    return {n: t + y[n].to(t.device) * factor if n in y else t for n, t in x.items()}
 
 
 def subtract(x: Tensors, y: Tensors) -> dict[str, Tensor]:
-    """Return x - y for the names of x; a name that y lacks counts as zero there."""
-    return {name: t - y[name] if name in y else t for name, t in x.items()}
+    """Return x - y for the names of x, where x lies; a name that y lacks counts as zero there."""
+    return {n: t - y[n].to(t.device) if n in y else t for n, t in x.items()}
 
 
 def scale(x: Tensors, factor: float) -> dict[str, Tensor]:

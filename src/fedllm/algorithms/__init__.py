@@ -101,19 +101,23 @@ def problems(
         name: As under `algorithm.name`.
         settings: The keys beside the name, `optimizer` among them.
         mixed_rank: Whether clients have unequal ranks.
-        local_optimizer: What clients train with, as under `training.optimizer`.
+        local_optimizer: What clients train with, as under `training.optimizer`; `sgd` is plain.
     """
     if name not in ALGORITHMS:
         return [f"algorithm.name: {unknown('algorithm', name, ALGORITHMS)}"]
     own = dict(settings)
     optimizer = own.pop("optimizer", None)
     wrong = [] if optimizer is None else _pair_problems(name, optimizer)
+    if wrong:  # the pair is told of; its optimiser's settings are no second mistake
+        spare = {key for other in OPTIMIZERS for key in settings_of(server_class(other))}
+        own = {key: own[key] for key in own if key not in spare - {*settings_of(BaseServer)}}
     cls = server_class(name, None if wrong else optimizer)
     wrong += _setting_problems(name, cls, own)
     if "scaffold" in (name, optimizer) and own.get("option") == "II" and local_optimizer != "sgd":
         wrong.append(
-            f"algorithm.option: 'II' divides by the learning rate, which is right for sgd and not"
-            f" for {local_optimizer}; choose option I, or training.optimizer: sgd"
+            f"algorithm.option: 'II' divides by the learning rate, which is right for plain sgd"
+            f" and not for {local_optimizer}; choose option I, or training.optimizer: sgd with"
+            f" training.momentum: 0"
         )
     if mixed_rank and cls.mixed_rank == "unsupported":
         able = [other for other in ALGORITHMS if server_class(other).mixed_rank != "unsupported"]

@@ -11,7 +11,7 @@ With beta = 0 and eta = 1 it is the method alone; under a constant D a round mov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -28,6 +28,7 @@ class Server(StepServer):
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """beta: how much of the velocity stays."""
+    first_moment: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def step(self, name: str, change: Tensor) -> Tensor:
         """Return eta v."""

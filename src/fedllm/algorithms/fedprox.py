@@ -5,7 +5,7 @@ Box:   client k minimises f_k(x) + (mu / 2) || x - x_t ||^2 over what it trains;
        method's own (FedIT's where none is named).
 Fields: mu is `mu`; x_t is the download.
 Evidence: from memory, cross-read with OpenFedLLM, whose default 0.01 is kept.
-A pass that trains what is the client's own is left alone.
+What is the client's own, be it tensors or a whole pass, is left alone: x_t is what is shared.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Client(BaseClient):
         if is_own_pass(job):
             return other
         anchor = job.payload.adapter.tensors
-        near = {name: tensor for name, tensor in live.items() if name in anchor}
+        near = {n: t for n, t in live.items() if n in anchor and not self.kept(n, job)}
+        if not near:
+            return other
         term: Tensor = penalties.square_distance(near, anchor) * (float(job.settings["mu"]) / 2)
         return term if other is None else term + other

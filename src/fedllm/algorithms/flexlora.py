@@ -25,6 +25,7 @@ class Server(BaseServer):
     """Aggregates in product space."""
 
     mixed_rank: ClassVar[MixedRank] = "projected"
+    recoordinated: ClassVar[str] = "its factors are refactored by SVD every round"
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Factor the weighted sum of products at the largest rank; average heads."""

@@ -24,6 +24,7 @@ class Server(BaseServer):
     """Merges the stack of all updates."""
 
     mixed_rank: ClassVar[MixedRank] = "exact"
+    recoordinated: ClassVar[str] = "its adapters are merged into the base every round"
 
     def is_known(self, name: str, cid: ClientId) -> bool:
         """A client draws its own factors; only heads and increments travel."""

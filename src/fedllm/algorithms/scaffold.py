@@ -7,50 +7,45 @@ Box:   y <- y - lr (g(y) + c - c_k);  c_k+ = g(x_t) (option I) or c_k - c + (x_t
 Fields: c is `control`, c_k a private note, E lr the sum of the learning rates done; eta is
        `server_learning_rate`. The mean is the method's own (the paper's: `weights: uniform`).
 Evidence: from memory, cross-read with OpenFedLLM, which corrects after AdamW's step; here gradients
-are corrected before the moments. Option II is right for plain SGD only and refused with AdamW.
+are corrected before the moments. Option II is right for plain SGD only and refused otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal
 
 from fedllm.adapters import linear
-from fedllm.federation import ControlClient, ControlServer, Engine, Job, Part, Update, controls
+from fedllm.federation import (
+    ControlClient,
+    ControlServer,
+    Engine,
+    SharedPass,
+    StepServer,
+    controls,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(kw_only=True)
-class Server(ControlServer):
-    """Averages models and control variates."""
+class Server(StepServer, ControlServer):
+    """Averages control variates, and goes eta times as far as the method would."""
 
     option: Literal["I", "II"] = "I"
     """How a client renews c_k: the gradient at the download over all its rows, or what it did."""
-    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    """eta: how far the server goes towards the mean."""
-
-    def aggregate(self, parts: Sequence[Part]) -> None:
-        """Go eta times as far as the method would."""
-        before = self.adapter.tensors
-        super().aggregate(parts)
-        far = linear.subtract(self.adapter.tensors, before)
-        if self.server_learning_rate != 1.0:
-            self.adapter = self.adapter.overlaid(linear.add(before, far, self.server_learning_rate))
 
 
 class Client(ControlClient):
     """Corrects its gradients by c - c_k."""
 
-    async def renewed(self, update: Update, job: Job, engine: Engine) -> Mapping[str, Tensor]:
+    async def renewed(self, done: SharedPass, engine: Engine) -> Mapping[str, Tensor]:
         """Return c_k+ by the option that is set."""
-        if job.settings["option"] == "I" or not update.num_steps:
-            return await super().renewed(update, job, engine)
-        done = linear.subtract(job.payload.adapter.tensors, update.adapter.tensors)
-        slope = linear.scale(done, 1.0 / update.metrics["rate_sum"])
-        fixed = linear.subtract(controls(job), {})
-        return linear.add(linear.subtract(slope, job.payload.extra), fixed)
+        job, result = done.job, done.result
+        if job.settings["option"] == "I" or not result.num_steps:
+            return await super().renewed(done, engine)
+        way = linear.subtract(done.start.tensors, result.adapter.tensors)
+        slope = linear.scale(way, 1.0 / result.metrics["rate_sum"])
+        return linear.add(linear.subtract(slope, job.payload.extra), controls(job))

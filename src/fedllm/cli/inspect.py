@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ _VIEWS: Mapping[str, tuple[str, ...]] = {
     "personal mean": ("personal", "mean"),
     "personal worst 10 %": ("personal", "worst_10"),
 }
+_FOR_JSON = {"settings", "optimizers", "no_optimizer", "paper"}
 _MAIN_VIEWS = ("global", "personal mean")
 _MAX_CLIENTS = 20
 
@@ -48,8 +50,11 @@ def new_table(*columns: str, title: str | None = None) -> Table:
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """Print a table of names; settings go under the algorithm they belong to."""
-    keys = [key for key in rows[0] if key not in {"settings", "paper"}]
+    """Print a table of names; settings go under the algorithm they belong to.
+
+    What is a sentence or a list of its own is for `--json` alone.
+    """
+    keys = [key for key in rows[0] if key not in _FOR_JSON]
     table = Table(box=box.SIMPLE_HEAD)
     for key in keys:
         is_wide = key in {"what", "tasks"}
@@ -57,9 +62,14 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(*(_cell(row[key]) for key in keys))
         for name, setting in row.get("settings", {}).items():
-            text = f"{name}: {setting['type']} (default {setting['default']})"
+            text = f"{name}: {setting['type']} (default {_default(setting['default'])})"
             table.add_row("", Text(text, style="dim"))
     console.print(table)
+
+
+def _default(value: Any) -> str:
+    """Write a default as it stands in YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _cell(value: Any) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from fedllm.algorithms import ALGORITHMS, server_class, settings_of
+from fedllm.algorithms import ALGORITHMS
+from fedllm.algorithms.catalog import Description, describe
 from fedllm.data import PARTITIONS
 from fedllm.data.builtin import BUILTIN_DATASETS
 from fedllm.evaluation import BY_TASK, METRICS
@@ -29,43 +28,20 @@ def _datasets() -> Sequence[Row]:
 
 
 def _algorithms() -> Sequence[Row]:
-    rows: list[Row] = []
-    for name, entry in ALGORITHMS.items():
-        cls = server_class(name)
-        defaults = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
-        rows.append(
-            {
-                "name": name,
-                "what": entry.summary,
-                "mixed_rank": cls.mixed_rank,
-                "personal": cls.is_personal,
-                "settings": {
-                    key: {"type": _type_text(kind), "default": defaults.get(key)}
-                    for key, kind in settings_of(cls).items()
-                },
-                "paper": _paper(name),
-            }
-        )
-    return rows
+    return [_algorithm_row(describe(name)) for name in ALGORITHMS]
 
 
-def _paper(name: str) -> str:
-    """Return the paper that the algorithm's file names."""
-    doc = inspect.getdoc(ALGORITHMS.load(name)) or ""
-    _, _, rest = doc.partition("Paper:")
-    lines: list[str] = []
-    for line in rest.splitlines():
-        if lines and not line.startswith(" "):
-            break
-        lines.append(line.strip())
-    return " ".join(lines)
-
-
-def _type_text(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " | ".join(str(choice) for choice in get_args(kind))
-    base = getattr(kind, "__origin__", kind)
-    return getattr(base, "__name__", str(base))
+def _algorithm_row(found: Description) -> Row:
+    return {
+        "name": found.name,
+        "what": found.summary,
+        "mixed_rank": found.mixed_rank,
+        "personal": found.is_personal,
+        "optimizers": list(found.optimizers),
+        "no_optimizer": found.no_optimizer,
+        "settings": found.settings,
+        "paper": found.paper,
+    }
 
 
 def _metrics() -> Sequence[Row]:

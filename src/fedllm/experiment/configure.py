@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from fedllm import algorithms
-from fedllm.config import Config, apply_overrides, means_mixed_ranks, read, validate
+from fedllm.config import (
+    Config,
+    TrainingConfig,
+    apply_overrides,
+    means_mixed_ranks,
+    read,
+    validate,
+)
 from fedllm.errors import ConfigError, unknown
 from fedllm.evaluation import METRICS
 from fedllm.experiment import exchange
@@ -62,8 +69,13 @@ def _algorithm_problems(tree: Mapping[str, Any]) -> list[str]:
         str(given.get("name", "fedit")),
         settings,
         mixed_rank=mixed,
-        local_optimizer=str(_section(tree, "training").get("optimizer", "adamw")),
+        local_optimizer=_local_optimizer(_section(tree, "training")),
     )
+
+
+def _local_optimizer(training: Mapping[str, Any]) -> str:
+    name = str(training.get("optimizer", TrainingConfig().optimizer))
+    return f"{name} with momentum" if name == "sgd" and training.get("momentum") else name
 
 
 def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -11,7 +11,9 @@ from fedllm.federation.transport import Transport
 from fedllm.seeding import derive
 from fedllm.simulation import Reception
 
-_COMPARING = ("median", "trimmed-mean", "krum", "multi-krum")
+_COMBINING = ("median", "trimmed-mean")
+"""Rules that make one update of all."""
+_COMPARING = (*_COMBINING, "krum", "multi-krum")
 """Rules that compare clients' tensors with each other."""
 
 
@@ -79,7 +81,7 @@ def problems(config: Config) -> list[str]:
     if wrong or algorithms.problems(name, settings):
         return wrong
     server, client = algorithms.make(name, settings, config.adapter.head)
-    return [*_undefined(config, server), *_unfit(config), *_leaking(config, client)]
+    return [*_undefined(config, server), *_unfit(config), *_beside(config, client)]
 
 
 def _undefined(config: Config, server: BaseServer) -> list[str]:
@@ -120,12 +122,19 @@ def _unfit(config: Config) -> list[str]:
     return wrong
 
 
-def _leaking(config: Config, client: BaseClient) -> list[str]:
-    """Refuse privacy where something travels that gets no noise."""
-    sends_extra = type(client).extra_names is not BaseClient.extra_names
-    if config.updates.privacy is None or not sends_extra:
+def _beside(config: Config, client: BaseClient) -> list[str]:
+    """Refuse what would overlook that something travels beside the model."""
+    if type(client).extra_names is BaseClient.extra_names:
         return []
-    return [
-        "updates.privacy: clients send control variates besides their tensors, and these get no"
-        " noise; choose an algorithm without them"
-    ]
+    wrong, rule = [], config.updates.robust.name
+    if config.updates.privacy is not None:
+        wrong.append(
+            "updates.privacy: clients send control variates besides their tensors, and these get"
+            " no noise; choose an algorithm without them"
+        )
+    if rule in _COMBINING:
+        wrong.append(
+            f"updates.robust: '{rule}' makes one update of all, and of the control variates that"
+            " clients send besides nobody's is right for it; use krum or norm-bound"
+        )
+    return wrong

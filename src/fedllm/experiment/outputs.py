@@ -9,7 +9,7 @@ from typing import Any
 from fedllm.adapters.native_format import is_routed, save_native
 from fedllm.adapters.peft_format import save_peft
 from fedllm.experiment.parts import Parts
-from fedllm.federation import Payload
+from fedllm.federation import Payload, visible
 
 
 def view_of(parts: Parts, cid: int | None = None) -> Payload:
@@ -19,10 +19,11 @@ def view_of(parts: Parts, cid: int | None = None) -> Payload:
 
 
 def personal_clients(parts: Parts) -> Iterable[int]:
-    """Return the clients whose view differs from the global one."""
+    """Return the clients that have taken part and have a view of their own."""
     if parts.server.is_personal:
-        return sorted({*parts.server.contacts, *parts.loop.store.clients()})
-    return parts.loop.store.clients()
+        return sorted(parts.server.contacts)
+    store = parts.loop.store
+    return [cid for cid in store.clients() if visible(store.get(cid))]
 
 
 def write_adapter(parts: Parts, folder: Path, cid: int | None = None) -> None:

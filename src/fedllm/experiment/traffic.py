@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from fedllm.experiment.estimate import Shapes
 
-_ROUNDS_PLAYED = 4
+_JOBS_PLAYED = 400
+"""About so many, each a few milliseconds: most runs are played to their end, stages and all."""
+_FEWEST_ROUNDS = 4
 """Enough to see algorithms that alternate, and a base that grows."""
 
 
@@ -70,7 +72,8 @@ def traffic(config: Config, shapes: Shapes, partition: Partition) -> Traffic:
         seed=config.seed,
         reception=reception_of(config),
     )
-    rounds = min(config.federation.rounds, _ROUNDS_PLAYED)
+    within = max(_FEWEST_ROUNDS, _JOBS_PLAYED // config.federation.cohort)
+    rounds = min(config.federation.rounds, within)
     played = list(loop.run(rounds))
     down = [sum(row["down_bytes"] for row in made.ledger) for made in played]
     up = [sum(row["up_bytes"] for row in made.ledger) for made in played]

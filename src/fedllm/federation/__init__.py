@@ -9,7 +9,13 @@ from fedllm.federation.base import (
     weighted,
 )
 from fedllm.federation.clusters import ClusteredServer
-from fedllm.federation.controls import ControlClient, ControlServer, controls, is_own_pass
+from fedllm.federation.controls import (
+    ControlClient,
+    ControlServer,
+    SharedPass,
+    controls,
+    is_own_pass,
+)
 from fedllm.federation.expert_paths import ExpertClient, ExpertServer
 from fedllm.federation.late_bases import LateBasisServer
 from fedllm.federation.local_path import (
@@ -72,6 +78,7 @@ __all__ = [
     "RestingServer",
     "Scorer",
     "Scores",
+    "SharedPass",
     "StagedServer",
     "StateStore",
     "StepServer",

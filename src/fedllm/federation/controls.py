@@ -6,15 +6,15 @@ counted; c_k stays with the client as a note.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedllm.adapters import Adapter, linear, note
 from fedllm.federation.base import BaseClient, BaseServer
 from fedllm.federation.local_path import LOCAL
-from fedllm.federation.messages import ClientId, Job, Part, Payload, Update
-from fedllm.federation.protocols import Engine
+from fedllm.federation.messages import ClientId, FitResult, Job, Part, Payload, Update
+from fedllm.federation.protocols import Engine, FitRequest, Progress
 from fedllm.federation.stages import PERSONAL
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ _NOBODY = -1
 
 def is_own_pass(job: Job) -> bool:
     """Tell whether a pass trains what is the client's own, which nothing of the server's steers."""
-    return job.stage in (PERSONAL, LOCAL)
+    return _is_own(job.stage)
+
+
+def _is_own(stage: str) -> bool:
+    return stage in (PERSONAL, LOCAL)
 
 
 @dataclass(kw_only=True)
@@ -44,8 +48,10 @@ class ControlServer(BaseServer):
         self.control = linear.zeros_like(here)
 
     def payload(self, cid: ClientId, adapter: Adapter) -> Payload:
-        """Add c, at the client's rank."""
+        """Add c, at the client's rank; nobody needs it where all train what is their own."""
         found = super().payload(cid, adapter)
+        if _is_own(self.stage):
+            return found
         return replace(found, extra=linear.truncated_to(self.control, adapter.tensors))
 
     def aggregate(self, parts: Sequence[Part]) -> None:
@@ -54,11 +60,51 @@ class ControlServer(BaseServer):
         self.renew(parts)
 
     def renew(self, parts: Sequence[Part]) -> None:
-        """Move c by what the clients report."""
+        """Move c by what the clients report; who did not train a tensor leaves its c_k as it is."""
         zero = Adapter(linear.zeros_like(self.control), self.adapter.scaling)
         sent = [(1.0, Adapter(part.update.extra, self.adapter.scaling)) for part in parts]
         mean = linear.mean_padded(sent, zero)
-        self.control = linear.add(self.control, mean, len(parts) / self.num_clients)
+        senders = {n: sum(n in part.update.extra for part in parts) for n in mean}
+        change = {n: t * (senders[n] / self.num_clients) for n, t in mean.items()}
+        self.control = linear.add(self.control, change)
+
+
+class SharedPass(NamedTuple):
+    """The pass of a job over what is shared."""
+
+    job: Job
+    start: Adapter
+    """x_t, among all that is active in this pass."""
+    result: FitResult
+
+
+@dataclass
+class _Watched:
+    """An engine that remembers the pass over what is shared: a method may do others beside it."""
+
+    engine: Engine
+    seen: SharedPass | None = None
+
+    async def fit(
+        self, job: Job, start: Adapter, client: BaseClient, *, tag: str = ""
+    ) -> FitResult:
+        """Train, and remember it."""
+        result = await self.engine.fit(job, start, client, tag=tag)
+        if self.seen is None and not is_own_pass(job):
+            self.seen = SharedPass(job, start, result)
+        return result
+
+    def gradient(
+        self, job: Job, start: Adapter, client: BaseClient, *, tag: str = ""
+    ) -> Awaitable[FitResult]:
+        """Ask for a gradient."""
+        return self.engine.gradient(job, start, client, tag=tag)
+
+    def train(
+        self, requests: Sequence[FitRequest], progress: Progress | None = None
+    ) -> list[FitResult]:
+        """Serve many fits."""
+        return self.engine.train(requests, progress)
 
 
 class ControlClient(BaseClient):
@@ -76,18 +122,19 @@ class ControlClient(BaseClient):
             return own
         return linear.subtract(linear.add(found, job.payload.extra), controls(job))
 
-    async def renewed(self, update: Update, job: Job, engine: Engine) -> Mapping[str, Tensor]:
+    async def renewed(self, done: SharedPass, engine: Engine) -> Mapping[str, Tensor]:
         """Return c_k+: by default the gradient over the whole shard at the download (option I)."""
-        found = await engine.gradient(job, self.start(job), self, tag=_CONTROL)
+        found = await engine.gradient(done.job, done.start, self, tag=_CONTROL)
         return found.adapter.tensors
 
     async def run(self, job: Job, engine: Engine) -> Update:
         """Train as the method does, then renew c_k and report by how much it changed."""
-        update = await super().run(job, engine)
-        if is_own_pass(job) or not job.payload.extra:
+        watched = _Watched(engine)
+        update = await super().run(job, watched)
+        if watched.seen is None or not job.payload.extra:
             return update
         before = controls(job)
-        renewed = await self.renewed(update, job, engine)
+        renewed = await self.renewed(watched.seen, engine)
         after = {n: renewed[n] for n in self.extra_names(job) if n in renewed}
         change = {n: t - before[n] if n in before else t for n, t in after.items()}
         kept = {note(_CONTROL, n): t for n, t in {**before, **after}.items()}

@@ -26,20 +26,18 @@ class StepServer(BaseServer):
 
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
     """eta: how far the server goes."""
-    first_moment: dict[str, Tensor] = field(default_factory=dict, init=False)
-    second_moment: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def step(self, name: str, change: Tensor) -> Tensor:
-        """Return how far a tensor moves, from the mean change of its clients."""
-        raise NotImplementedError
+        """Return how far a tensor moves, from the mean change of its clients: by default eta D."""
+        return change * self.server_learning_rate
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Move each tensor that was sent by a step instead of by the mean change."""
-        before = self.adapter.tensors
+        before = self.adapter
         super().aggregate(parts)
         sent = {name for part in parts for name in part.update.adapter if name in before}
         after = {name: self.adapter[name] for name in self.adapter if name in sent}
-        changes = linear.subtract(after, before)
+        changes = linear.subtract(after, before.tensors)
         moved = {n: before[n] + self.step(n, change) for n, change in changes.items()}
         self.adapter = self.adapter.overlaid(moved)
 
@@ -54,6 +52,8 @@ class MomentServer(StepServer):
     """b1: how much of the first moment stays."""
     tau: Annotated[float, Field(gt=0)] = 1e-3
     """Keeps steps small where changes are; the second moment starts at tau^2."""
+    first_moment: dict[str, Tensor] = field(default_factory=dict, init=False)
+    second_moment: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def second(self, before: Tensor, square: Tensor) -> Tensor:
         """Return the next v from the last one and D^2."""
