@@ -82,7 +82,7 @@ def loop_of(
 
 def build(setup: Setup, **options: Any) -> Federation:
     """Return a federation whose engine counts."""
-    return setup.build(engine=CountingEngine(), **options)
+    return setup.start(engine=CountingEngine(), **options)
 
 
 def fate(loop: Loop) -> dict[str, Any]:
