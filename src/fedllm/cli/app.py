@@ -209,7 +209,8 @@ def list_names(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="SUBJECT", help="models, datasets, algorithms, metrics or partitions"
+            metavar="SUBJECT",
+            help="models, datasets, algorithms, metrics, partitions, codecs or robust",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fedllm.cli.figures import bytes_text, duration_text, sparkline, value_text
 from fedllm.cli.tables import Row
-from fedllm.results import History, MetricRow, RunDir, overview, strict_json, summary_rows
+from fedllm.results import History, MetricRow, Overview, RunDir, overview, strict_json, summary_rows
 from fedllm.results.storage import explained, write_text
 
 if TYPE_CHECKING:
@@ -119,10 +119,30 @@ def print_run(console: Console, run: RunDir, *, is_full: bool = True) -> None:
         f" · {duration_text(facts.wall_s)}",
         highlight=False,
     )
+    for line in _exchange_lines(facts):
+        _print_line(console, line)
     if not facts.is_finished:
         _print_line(console, f"not finished; continue with: fedllm run --resume {run.path}")
     if plots_of(run):
         _print_line(console, f"plots: {run.path / 'plots'}/*.png")
+
+
+def _exchange_lines(facts: Overview) -> list[str]:
+    """Say how faithful the aggregation was, whom it refused, and what privacy was spent."""
+    lines = []
+    if facts.agg_error is not None:
+        error = f"{facts.agg_error:.2g}" if facts.agg_error >= 1e-12 else "0"
+        server = duration_text(facts.server_s)
+        lines.append(f"aggregation error {error} (mean over rounds) · server {server}")
+    if facts.rejected:
+        lines.append(f"rejected updates: {facts.rejected}; why stands in metrics.jsonl")
+    if facts.privacy is not None:
+        value = facts.privacy["value"]
+        told = "no epsilon" if value is None else f"epsilon {value:.3g}"
+        lines.append(
+            f"privacy: {told} at delta {facts.privacy['delta']:g}. {facts.privacy['reason']}"
+        )
+    return lines
 
 
 def _print_metrics(console: Console, run: RunDir, is_full: bool) -> None:
@@ -218,6 +238,12 @@ def print_export(console: Console, found: Exported) -> None:
             f"from transformers import AutoTokenizer, {found.auto_class}",
             f'model = {found.auto_class}.from_pretrained("{found.folder}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{found.folder}")',
+        ]
+    elif found.is_native:
+        lines = [
+            f"import fedllm; from transformers import {found.auto_class}",
+            f'base = {found.auto_class}.from_pretrained("{found.base}"{_labels(found)})',
+            f'model = fedllm.attach(base, "{found.folder}")',
         ]
     else:
         lines = [

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedllm.adapters.wire import WIRE
 from fedllm.algorithms import ALGORITHMS
 from fedllm.algorithms.catalog import Description, describe
 from fedllm.data import PARTITIONS
 from fedllm.data.builtin import BUILTIN_DATASETS
 from fedllm.evaluation import BY_TASK, METRICS
+from fedllm.federation.robust import ROBUST
 from fedllm.models import BUILTIN_MODELS, TESTED_FAMILIES
 
 Row = Mapping[str, Any]
@@ -61,11 +63,21 @@ def _partitions() -> Sequence[Row]:
     return [{"name": name, "what": entry.summary} for name, entry in PARTITIONS.items()]
 
 
+def _codecs() -> Sequence[Row]:
+    return [{"name": name, "what": entry.summary} for name, entry in WIRE.items()]
+
+
+def _robust() -> Sequence[Row]:
+    return [{"name": name, "what": entry.summary} for name, entry in ROBUST.items()]
+
+
 SUBJECTS: Mapping[str, Callable[[], Sequence[Row]]] = {
     "models": _models,
     "datasets": _datasets,
     "algorithms": _algorithms,
     "metrics": _metrics,
     "partitions": _partitions,
+    "codecs": _codecs,
+    "robust": _robust,
 }
 """What can be listed; each row has a `name` and `what` it is."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedllm.adapters.native_format import CONFIG_FILE
 from fedllm.errors import RunError
 from fedllm.experiment.evaluate import check_client
 from fedllm.experiment.outputs import view_of, write_adapter
@@ -32,6 +33,8 @@ class Exported:
     num_labels: int
     """Classes of a classifier; 0 for others."""
     is_merged: bool
+    is_native: bool
+    """Whether the adapter is in fedllm's own layout, which `fedllm.attach` reads."""
 
 
 def export(
@@ -99,4 +102,5 @@ def _described(parts: Parts, folder: Path, merged: bool) -> Exported:
         auto_class="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
         num_labels=0 if causal else len(parts.dataset.label_names),
         is_merged=merged,
+        is_native=any(file.name == CONFIG_FILE for file in files),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fedllm.config import read, validate
 from fedllm.errors import ConfigError
@@ -44,6 +46,14 @@ class Overview:
     bytes_down: int
     wall_s: float
     """Seconds by the clock, over all records of timing.jsonl."""
+    server_s: float
+    """Seconds of aggregation, over all rounds."""
+    agg_error: float | None
+    """Mean over rounds of the distance to the ideal mean update; None where there is no ideal."""
+    rejected: int
+    """Updates that the server refused."""
+    privacy: Mapping[str, Any] | None
+    """What may be claimed after the last round, if privacy was asked for."""
 
     @property
     def is_finished(self) -> bool:
@@ -61,7 +71,8 @@ def overview(run: RunDir) -> Overview:
     config, problems = validate(read(source))
     if config is None:
         raise ConfigError(problems, str(source))
-    ledger = run.read("ledger")
+    ledger, timing, records = run.read("ledger"), run.read("timing"), run.read("metrics")
+    errors = [r["agg_error"] for r in records if r.get("agg_error") is not None]
     return Overview(
         name=run.path.name,
         algorithm=config.algorithm.name,
@@ -75,7 +86,11 @@ def overview(run: RunDir) -> Overview:
         rounds_planned=config.federation.rounds,
         bytes_up=sum(entry["up_bytes"] for entry in ledger),
         bytes_down=sum(entry["down_bytes"] for entry in ledger),
-        wall_s=sum(entry["wall_s"] for entry in run.read("timing")),
+        wall_s=sum(entry["wall_s"] for entry in timing),
+        server_s=sum(entry.get("aggregate", 0.0) for entry in timing),
+        agg_error=sum(errors) / len(errors) if errors else None,
+        rejected=sum(len(record.get("rejected", ())) for record in records),
+        privacy=next((r["privacy"] for r in reversed(records) if r.get("privacy")), None),
     )
 
 
