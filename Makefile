@@ -51,6 +51,7 @@ format: setup  ## Format the code, mend what can be mended, rewrite the generate
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/python scripts/docs_reference.py
+	$(BIN)/python scripts/docs_algorithms.py
 
 bench: setup  ## Measure speed and memory against PEFT, into benchmarks/out
 	$(BIN)/python -m benchmarks

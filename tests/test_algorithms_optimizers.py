@@ -25,7 +25,7 @@ from conformance.world import (
 from engine_world import make_world
 from torch import Tensor
 
-from fedllm.adapters import Adapter, is_a, is_b, is_core, name_a, name_b, note
+from fedllm.adapters import Adapter, is_a, is_b, is_core, is_gain, name_a, name_b, note
 from fedllm.algorithms import ALGORITHMS, OPTIMIZERS, make, problems, server_class, settings_of
 from fedllm.algorithms.composition import client_class
 from fedllm.algorithms.composition import server_class as composed
@@ -468,17 +468,22 @@ def test_option_one_asks_for_the_gradient_where_the_shared_pass_began(
 
 @each_option
 def test_the_controls_of_a_core_are_of_the_core_whatever_its_gain_became(option: str) -> None:
-    # RAVAN sends s H; x_t - y is of H
-    engine = FakeEngine("quadratic")
-    settings = {"heads": 2, "optimizer": "scaffold", "option": option}
-    fed = Federation("ravan", settings, engine=engine, steps=1, learning_rate=0.05)
+    # RAVAN sends s H; x_t - y is of H. In a first round H = 0, and s has no gradient
+    fed = federation("ravan", "scaffold", option=option, engine=FakeEngine("quadratic"), steps=1)
+    fed.learning_rate = 0.05
+    fed.run(2)
+    before = controls_of(fed, 0)
     done = fed.round([0])
-    fit, result = done.fits[0]
+    ((fit, result),) = done.fits
+    gains = [name for name in fit.start if is_gain(name)]
+    assert all(not torch.equal(result.adapter[name], fit.start[name]) for name in gains)
     cores = [name for name in fit.start if is_core(name)]
-    assert cores
     for name in cores:
         slope = (fit.start[name] - result.adapter[name]) / 0.05
-        assert_same({name: controls_of(fed, 0)[name]}, {name: slope})
+        wanted = slope - fit.job.payload.extra[name] + before[name]
+        assert_same({name: controls_of(fed, 0)[name]}, {name: wanted})
+    assert gains
+    assert cores
 
 
 def test_gradients_are_corrected_by_c_minus_the_own_control() -> None:

@@ -154,13 +154,13 @@ def test_the_algorithm_of_the_how_to_runs_and_resumes(
     sandbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = ROOT / "docs" / "how-to" / "algorithm-in-20-lines.md"
-    source = next(block for block in blocks(page) if block.title.endswith("fedavgm.py"))
-    module = ModuleType("fedavgm_of_the_how_to")
+    source = next(block for block in blocks(page) if block.title.endswith("my_momentum.py"))
+    module = ModuleType("momentum_of_the_how_to")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source.text, source.title, "exec"), vars(module))
     row = Entry(module.__name__, "of the how-to")
-    monkeypatch.setitem(cast("dict[str, Entry]", ALGORITHMS.entries), "fedavgm", row)
-    settings = ("algorithm={name: fedavgm, beta: 0.5}", "name=momentum")
+    monkeypatch.setitem(cast("dict[str, Entry]", ALGORITHMS.entries), "my-momentum", row)
+    settings = ("algorithm={name: my-momentum, beta: 0.5}", "name=momentum")
     fedllm("run", "examples/demo.yaml", *SMALL, *settings, "federation.rounds=2")
     states = sorted(sandbox.glob("runs/momentum/checkpoints/*/state.json"))
     assert "velocity" in states[-1].read_text()
@@ -212,7 +212,7 @@ def test_every_command_and_option_is_in_the_reference() -> None:
         assert [o for o in options if o != "--help" and f"`{o}" not in section[0]] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/explanation/algorithms.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/algorithms/index.md"])
 def test_every_algorithm_is_described(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [algorithm for algorithm in ALGORITHMS if f"`{algorithm}`" not in text] == []

@@ -368,6 +368,42 @@ CASES = [
         exempt=SERVER_STEPS,
     ),
     Case(
+        "rolora",
+        settings={"optimizer": "scaffold"},
+        up=twice(alternating),
+        down=lambda trip: changed_halves(trip) + both(trip),  # c of both halves
+        heads_up=two,
+        heads_down=two,
+        mixed_rank="padded",
+        exact=True,
+    ),
+    Case(
+        "ravan",
+        settings={"heads": 3, "trained_heads": 2, "optimizer": "scaffold"},
+        up=twice(cores(2)),
+        down=twice(cores(3)),
+        heads_up=two,
+        heads_down=two,
+    ),
+    Case(
+        "ditto",
+        settings={"optimizer": "scaffold"},
+        up=twice(both),
+        down=twice(both),
+        heads_up=two,
+        heads_down=two,
+        personal=True,
+    ),
+    Case(
+        "fine-tune",
+        settings={"tune_rounds": 3, "optimizer": "scaffold"},
+        up=before(3, twice(both)),
+        down=stages(3, twice(both), once_after(3, both)),  # no c where all tune
+        heads_up=before(3, two),
+        heads_down=stages(3, two, once_after(3, always)),
+        personal=True,
+    ),
+    Case(
         "ditto",
         settings={"optimizer": "fedyogi"},
         up=both,

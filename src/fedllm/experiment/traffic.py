@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from fedllm.data import Partition
 from fedllm.executors import InlineExecutor
 from fedllm.experiment.exchange import reception_of, transport_of
 from fedllm.experiment.parts import plan_of, ranks_of, scaling_of
-from fedllm.federation import BaseClient, FitRequest, FitResult, Job, Progress
+from fedllm.federation import BaseClient, Engine, FitRequest, FitResult, Job, Progress
 from fedllm.simulation import Loop, Population
 from fedllm.system import Ideal
 
@@ -49,35 +50,55 @@ def traffic(config: Config, shapes: Shapes, partition: Partition) -> Traffic:
     The loop, the algorithm and its payloads are the real ones, so the bytes are exact; only local
     training is left out.
     """
+    within = max(_FEWEST_ROUNDS, _JOBS_PLAYED // config.federation.cohort)
+    rounds = min(config.federation.rounds, within)
+    loop = untrained_loop(config, shapes.modules, shapes.heads, partition.train_sizes.tolist())
+    played = list(loop.run(rounds))
+    down = [sum(row["down_bytes"] for row in made.ledger) for made in played]
+    up = [sum(row["up_bytes"] for row in made.ledger) for made in played]
+    grows = bool(loop.server.base.sizes)
+    return Traffic(float(np.mean(up)), float(np.mean(down)), rounds, grows)
+
+
+def untrained_loop(
+    config: Config,
+    modules: Mapping[str, tuple[int, int]],
+    heads: Mapping[str, tuple[int, ...]],
+    sizes: Sequence[int],
+    engine: Engine | None = None,
+) -> Loop:
+    """Return the loop of a run whose tensors have only shapes.
+
+    Args:
+        config: The run's.
+        modules: Layer to (out, in).
+        heads: Tensors of a classification head.
+        sizes: Training rows of each client.
+        engine: What serves the fits; by default clients end where they start.
+    """
     server, client = algorithms.make(
         config.algorithm.name, config.algorithm.settings, config.adapter.head
     )
     server.start(
-        _start(config, shapes),
-        ranks_of(config, shapes.modules, shapes.head_parameters),
+        _start(config, modules, heads),
+        ranks_of(config, modules, sum(math.prod(shape) for shape in heads.values())),
         config.adapter.head,
         num_clients=config.federation.num_clients,
         rounds=config.federation.rounds,
-        weight_of=lambda layer: _shaped(shapes.modules[layer]),
+        weight_of=lambda layer: _shaped(modules[layer]),
         downlink=transport_of(config).downlink,
     )
-    loop = Loop(
+    return Loop(
         server=server,
         client=client,
         world=Ideal(),
-        executor=InlineExecutor(_Untrained(), client),
+        executor=InlineExecutor(engine or Untrained(), client),
         plan=plan_of(config),
-        population=Population(partition.train_sizes.tolist()),
+        population=Population(sizes),
         cohort_size=config.federation.cohort,
         seed=config.seed,
         reception=reception_of(config),
     )
-    within = max(_FEWEST_ROUNDS, _JOBS_PLAYED // config.federation.cohort)
-    rounds = min(config.federation.rounds, within)
-    played = list(loop.run(rounds))
-    down = [sum(row["down_bytes"] for row in made.ledger) for made in played]
-    up = [sum(row["up_bytes"] for row in made.ledger) for made in played]
-    return Traffic(float(np.mean(up)), float(np.mean(down)), rounds, bool(server.base.sizes))
 
 
 def _shaped(shape: Sequence[int]) -> torch.Tensor:
@@ -86,17 +107,21 @@ def _shaped(shape: Sequence[int]) -> torch.Tensor:
     return torch.empty(tuple(shape), device="meta")
 
 
-def _start(config: Config, shapes: Shapes) -> Adapter:
+def _start(
+    config: Config,
+    modules: Mapping[str, tuple[int, int]],
+    heads: Mapping[str, tuple[int, ...]],
+) -> Adapter:
     rank = config.adapter.max_rank
     tensors = {}
-    for module, (rows, columns) in shapes.modules.items():
+    for module, (rows, columns) in modules.items():
         tensors[name_a(module)] = _shaped((rank, columns))
         tensors[name_b(module)] = _shaped((rows, rank))
-    tensors |= {name: _shaped(shape) for name, shape in shapes.heads.items()}
-    return Adapter(tensors, dict.fromkeys(shapes.modules, scaling_of(config)))
+    tensors |= {name: _shaped(shape) for name, shape in heads.items()}
+    return Adapter(tensors, dict.fromkeys(modules, scaling_of(config)))
 
 
-class _Untrained:
+class Untrained:
     """An engine whose clients end where they start."""
 
     def fit(self, job: Job, start: Adapter, client: BaseClient, *, tag: str = "") -> FitRequest:
