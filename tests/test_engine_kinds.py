@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from engine_world import World, make_world, peft_loss
@@ -30,10 +31,12 @@ from fedllm.adapters import (
     slot_of,
 )
 from fedllm.adapters.native_format import load_native, save_native
+from fedllm.adapters.peft_format import save_peft
 from fedllm.config import TrainingConfig
 from fedllm.engine import attach
 from fedllm.errors import ModelError
 from fedllm.federation import BaseClient, Job, View
+from fedllm.results import merge_into
 from fedllm.seeding import derive
 
 RATE = 1e-2
@@ -286,3 +289,36 @@ def test_a_folder_that_is_no_adapter_says_so(world: World, tmp_path: Path, folde
     config.write_text(config.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(ModelError, match="missing" if folder == "nothing" else "format 9"):
         load_native(tmp_path / folder)
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Return a model's logits for a few tokens."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=torch.arange(9, 25)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dual", "cores", "sparse"])
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_a_kind_that_is_a_lora_is_exported_as_peft_and_merged(
+    world: World, kind: str, tmp_path: Path
+) -> None:
+    adapter = KINDS[kind](world, 4)
+    wanted = logits(written(world, adapter)[0])
+    save_peft(adapter, tmp_path / "a", base_model="x", task_type="CAUSAL_LM")
+    loaded = peft.PeftModel.from_pretrained(world.fresh_model(), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(loaded), wanted, atol=1e-4, rtol=1e-4)
+    merged = world.fresh_model().eval()
+    merge_into(merged, adapter)
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(world.fresh_model().eval()), wanted, atol=1e-2)
+
+
+def test_a_routed_adapter_has_no_peft_layout_and_says_what_it_has(
+    world: World, tmp_path: Path
+) -> None:
+    adapter = experts(world, 4)
+    with pytest.raises(ModelError, match=r"router .*fedllm.attach"):
+        save_peft(adapter, tmp_path / "a", base_model="x", task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match="cannot be merged"):
+        merge_into(world.fresh_model(), adapter)

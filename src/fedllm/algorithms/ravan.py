@@ -24,10 +24,10 @@ class Server(BaseServer):
     """Averages each core over those that trained it; bases follow from the seed."""
 
     heads: Annotated[int, Field(ge=1)] = 4  # h: how many bases a layer has
-    bases: Literal["gram-schmidt", "gaussian"] = "gram-schmidt"
+    bases: Literal["gram-schmidt", "gaussian"] = "gram-schmidt"  # orthonormal, or normal
     trained_heads: Annotated[int, Field(ge=1)] | None = None  # in a round; None is all
     choose: Literal["random", "norm"] = "random"  # of them: by lot, or the largest cores
-    absent: Literal["exclude", "hold"] = "exclude"
+    absent: Literal["exclude", "hold"] = "exclude"  # does not count, or counts as H_j
 
     def prepare(self) -> None:
         """Replace plain LoRA by bases."""

@@ -253,7 +253,7 @@ class Loop:
             number=self.server.version,
             time_s=self.queue.now_s,
             updates=[part.update for part in sent],
-            rejected=self._rejected,
+            rejected=sorted(self._rejected, key=lambda row: row["client"]),
             agg_error=agg_error,
             ledger=sorted(self._ledger, key=lambda row: row["client"]),
             events=self._events,

@@ -61,7 +61,8 @@ class Reception:
 
 
 def _all_rejected(rejected: Sequence[Mapping[str, object]]) -> str:
-    reasons = [str(row["reason"]) for row in rejected[:3]]
+    ordered = sorted(rejected, key=lambda row: str(row["client"]))
+    reasons = [str(row["reason"]) for row in ordered[:3]]
     more = f"; and {len(rejected) - 3} more" if len(rejected) > 3 else ""
     return (
         f"the server rejected every update of the round: {'; '.join(reasons)}{more}. Lower"
