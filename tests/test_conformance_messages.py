@@ -25,7 +25,7 @@ from conformance.world import (
 )
 
 from fedllm.adapters import Adapter, BaseDelta, algebra
-from fedllm.experiment.traffic import _Untrained as Untrained
+from fedllm.experiment.traffic import Untrained
 from fedllm.federation import (
     BaseClient,
     Codec,
