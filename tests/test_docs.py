@@ -77,6 +77,7 @@ def sandbox(
     """Make a folder that looks like the repository's root, with small stand-ins for real data."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "src").symlink_to(ROOT / "src")
+    shutil.copytree(ROOT / "benchmarks" / "matrices", tmp_path / "benchmarks" / "matrices")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "encoder").symlink_to(tiny_model("bert"))
     for folder in ("gsm8k", "sst2"):
@@ -117,8 +118,13 @@ def carry_out(command: str) -> None:
                 fedllm("run", "examples/demo.yaml", *SMALL)
         case "fedllm", ("run" | "check"), str(config), *rest if config != "--resume":
             fedllm(words[0], config, *rest, *SMALL)
+        case "fedllm", "bench", str(matrix), *rest:
+            few = ("algorithms=[fedit]", "settings={small: {}}", "seeds=[0]", "references={}")
+            fedllm("bench", matrix, *rest, *few, *(f"base.{word}" for word in SMALL))
         case "fedllm", *_:
             fedllm(*words)
+        case "python", "-m", module:
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
         case "pip", "install", "-c", "constraints.txt", "-e", package:
             wanted = re.fullmatch(r"\.\[(\w+)\]", package)
             assert wanted is not None
