@@ -108,10 +108,19 @@ def test_padding_keeps_each_product_but_the_mean_is_not_that_of_products() -> No
     assert float((dense(mixed, "q") - wanted).norm()) > 1e-2 * float(wanted.norm())
 
 
-def test_a_path_that_one_lacks_shrinks_and_a_head_does_not() -> None:
+def test_a_tensor_that_one_lacks_is_averaged_over_the_others() -> None:
     one, two = adapter(1, 3), adapter(2, 3)
     lacking = two.select(lambda name: name.startswith("v."))
     got = mean_padded([(1.0, one), (3.0, lacking)], zeros([(1.0, one)]))
-    assert close(got[name_b("q")], one[name_b("q")] / 4)
+    assert close(got[name_b("q")], one[name_b("q")])
     assert close(got[name_b("v")], (one[name_b("v")] + 3 * two[name_b("v")]) / 4)
     assert close(got[HEAD], one[HEAD])
+
+
+def test_a_component_beyond_the_rank_of_all_stays_as_it_is() -> None:
+    onto, one, two = adapter(1, 5), adapter(2, 2), adapter(3, 3)
+    got = mean_padded([(1.0, one), (3.0, two)], onto)
+    a, b = name_a("q"), name_b("q")
+    assert torch.equal(got[a][3:], onto[a][3:])
+    assert torch.equal(got[b][:, 3:], onto[b][:, 3:])
+    assert close(got[a][2], 0.75 * two[a][2])

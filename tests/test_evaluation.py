@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm.adapters import Adapter, initial
+from fedllm.adapters import Adapter, initial, slot_of
 from fedllm.config import EvaluationConfig
 from fedllm.data import Partition, TokenSet
 from fedllm.errors import ConfigError
 from fedllm.evaluation import BY_TASK, METRICS, Evaluation, Evaluator
-from fedllm.federation import BaseServer, MemoryStore, Scores, View
+from fedllm.federation import BaseServer, MemoryStore, Mix, Payload, Scores, View
 from fedllm.system import RankRule
 
 NUM_CLIENTS = 4
@@ -346,3 +346,106 @@ def test_a_language_model_that_was_not_asked_for_a_class_predicts_none() -> None
     )
     assert scorer.generated == []
     assert found.predictions == []
+
+
+# views that are mixed by instance
+
+
+@dataclass
+class ComparingScorer(FakeScorer):
+    """Finds row i as like a client's own as `alike[i]`."""
+
+    alike: np.ndarray = field(default_factory=lambda: np.linspace(-1.0, 1.0, ROWS))
+    compared: list[tuple[list[View], list[int], int, int]] = field(default_factory=list)
+
+    def similarity(
+        self,
+        views: Sequence[View],
+        cids: Sequence[int],
+        tokens: TokenSet,
+        *,
+        references: int,
+        seed: int,
+    ) -> list[np.ndarray]:
+        self.compared.append((list(views), list(cids), references, seed))
+        return [self.alike[view.rows] for view in views]
+
+
+@dataclass(kw_only=True)
+class MixingServer(BaseServer):
+    """Gives each client a path of its own beside the common one, and says how to mix them."""
+
+    mix: Mix | None = None
+    without: tuple[int, ...] = ()
+    """Clients that have only the common path yet."""
+
+    def view(self, cid: int | None = None, state: Any = None) -> Payload:
+        if cid is None or cid in self.without:
+            return super().view()
+        local = self.adapter.body.moved("local")
+        return Payload(self.version, self.adapter.joined(local), mix=self.mix)
+
+
+def mixing(mix: Mix, scorer: ComparingScorer, without: tuple[int, ...] = ()) -> list[View]:
+    """Evaluate with a mix and return the views that were scored."""
+    made = MixingServer(mix=mix, without=without)
+    start = initial({"q": (4, 3)}, 2, 1.0, 0, {"head.weight": torch.zeros(2)})
+    made.start(start, RankRule((2,)), "local")
+    evaluator(scorer, seed=8).evaluate(made, MemoryStore(), ("personal",), sample=False)
+    return scorer.scored[-1]
+
+
+@pytest.mark.parametrize("is_flipped", [False, True])
+def test_each_row_weighs_the_local_path_by_how_like_the_clients_own_it_is(
+    is_flipped: bool,
+) -> None:
+    scorer = ComparingScorer()
+    for view in mixing(Mix("", "local", 0.5, 3, is_flipped), scorer):
+        share = np.array([max(0.5 * scorer.alike[row], 0.0) for row in view.rows])
+        local, common = (1 - share, share) if is_flipped else (share, 1 - share)
+        assert set(view.mix) == {"", "local"}
+        assert np.allclose(view.mix["local"], local)
+        assert np.allclose(view.mix[""], common)
+
+
+def test_weights_stay_between_nothing_and_one() -> None:
+    scorer = ComparingScorer(alike=np.linspace(-3.0, 3.0, ROWS))
+    views = mixing(Mix("", "local", 1.0, 3), scorer)
+    weights = np.concatenate([view.mix["local"] for view in views])
+    assert {0.0, 1.0} <= set(weights)
+    assert ((weights >= 0) & (weights <= 1)).all()
+
+
+def test_rows_are_compared_under_the_local_path_alone() -> None:
+    scorer = ComparingScorer()
+    scored = mixing(Mix("", "local", 1.0, 5), scorer)
+    ((views, cids, references, seed),) = scorer.compared
+    assert cids == [cid for cid, size in enumerate(SIZES) if size]
+    assert (references, seed) == (5, 8)
+    for alone, view in zip(views, scored, strict=True):
+        assert np.array_equal(alone.rows, view.rows)
+        assert {slot_of(name) for name in alone.adapter.modules} == {"local"}
+        assert "head.weight" in alone.adapter
+        assert {slot_of(name) for name in view.adapter.modules} == {"", "local"}
+
+
+def test_who_has_nothing_to_mix_is_not_compared() -> None:
+    scorer = ComparingScorer()
+    scored = mixing(Mix("", "local", 1.0, 5), scorer, without=(0, 3))
+    ((views, cids, _, _),) = scorer.compared
+    assert cids == [2]
+    assert [len(view.rows) for view in views] == [SIZES[2]]
+    assert [bool(view.mix) for view in scored] == [False, True, False]
+    assert np.allclose(scored[1].mix["local"], np.maximum(scorer.alike[scored[1].rows], 0))
+
+
+def test_views_that_ask_for_no_mix_are_scored_as_they_are() -> None:
+    scorer = ComparingScorer()
+    run(evaluator(scorer), "global", "personal")
+    assert scorer.compared == []
+    assert all(not view.mix for views in scorer.scored for view in views)
+    made = MixingServer(mix=Mix("", "local", 1.0, 3))
+    start = initial({"q": (4, 3)}, 2, 1.0, 0, {"head.weight": torch.zeros(2)})
+    made.start(start, RankRule((2,)), "local")
+    evaluator(scorer).evaluate(made, MemoryStore(), ("global",), sample=False)
+    assert scorer.compared == []

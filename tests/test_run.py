@@ -55,7 +55,14 @@ FILES = {
     "checkpoints/2/adapter/adapter_model.safetensors",
     "predictions/2.jsonl",
 }
-PLOTS = {"bytes.png", "clients.png", "heterogeneity.png", "quality.png", "training_loss.png"}
+PLOTS = {
+    "agg_error.png",
+    "bytes.png",
+    "clients.png",
+    "heterogeneity.png",
+    "quality.png",
+    "training_loss.png",
+}
 PLOT_RUN = plots.plot_run
 each_algorithm = pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 
@@ -424,6 +431,20 @@ def test_a_classifier_goes_through_every_phase_of_every_algorithm(
     views = [last["eval"]["global"], *last["eval"].get("personal", {}).values()]
     assert all(0 <= view["accuracy"] <= 1 for view in views if "accuracy" in view)
     assert last["eval"]["global"]["loss"] < 10
+
+
+def test_instances_are_mixed_although_some_clients_have_no_local_adapter_yet(
+    setting: Setting,
+) -> None:
+    words = ("algorithm=feddpa-t", "federation.cohort_size=1", "federation.partition.name=quantity")
+    config = setting.config("name=mixed-views", *words)
+    path = run(config, Silent()).path
+    parts, _ = restored(path)
+    states = {cid: parts.loop.store.get(cid) for cid in range(NUM_CLIENTS)}
+    mixes = [parts.server.view(cid, state).mix for cid, state in states.items()]
+    assert None in mixes
+    assert any(mix is not None for mix in mixes)
+    assert "personal" in lines(path / "metrics.jsonl")[-1]["eval"]
 
 
 @each_algorithm

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.adapters import algebra, is_head
+from fedllm.adapters import algebra
 from fedllm.federation import BaseClient, BaseServer, MixedRank, Part, weighted
 
 
@@ -31,9 +31,8 @@ class Server(BaseServer):
         """Factor the weighted sum of products at the largest rank; average heads."""
         products = algebra.mean_products(weighted(parts))
         factors = algebra.refactor(products, self.ranks.largest, self.adapter.scaling)
-        sent = [(w, a.select(is_head)) for w, a in weighted(parts)]
-        heads = algebra.mean(sent, self.adapter)
-        self.adapter = self.adapter.overlaid({**factors, **heads})
+        self.adapter = self.adapter.overlaid(factors)
+        self.average_heads(parts)
 
 
 class Client(BaseClient):

@@ -33,9 +33,7 @@ class Server(BaseServer):
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Merge the stacked products into the base; average heads."""
         self.merge(algebra.mean_products(weighted(parts)))
-        sent = [(w, a.select(is_head)) for w, a in weighted(parts)]
-        heads = algebra.mean(sent, self.adapter)
-        self.adapter = self.adapter.overlaid(heads)
+        self.average_heads(parts)
 
 
 class Client(BaseClient):

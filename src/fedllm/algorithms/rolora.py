@@ -11,8 +11,7 @@ B = 0 the gradient of A is zero, so a first round on A would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -29,15 +28,14 @@ class Server(BaseServer):
     flip_every: Annotated[int, Field(ge=1)] = 1
     """Server updates between changes of the half: 1 in sync, about a cohort in async."""
 
-    def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
-        """Name the half in the job's stage."""
-        stage = "train_b" if (self.version // self.flip_every) % 2 == 0 else "train_a"
-        return (replace(job, stage=stage) for job in super().local_run(cohort))
+    @property
+    def stage(self) -> str:
+        """Name the half that is trained."""
+        return "train_b" if (self.version // self.flip_every) % 2 == 0 else "train_a"
 
     def is_known(self, name: str, cid: ClientId) -> bool:
         """A tensor that has not changed since the client's last download is not sent again."""
-        since = self.contacts.get(cid, -1)
-        return since >= self.changed.get(name, 0) or super().is_known(name, cid)
+        return self.is_unchanged(name, cid) or super().is_known(name, cid)
 
 
 class Client(BaseClient):

@@ -154,6 +154,10 @@ class Course:
         losses = [record.get("train", {}).get("loss") for record in self.records]
         return [loss for loss in losses if loss is not None]
 
+    def rejected(self) -> int:
+        """Return how many updates the server has refused so far."""
+        return sum(len(record.get("rejected", ())) for record in self.records)
+
     def _take(self, record: Mapping[str, Any]) -> None:
         self.records.append(record)
         for client in record.get("train", {}).get("clients", ()):

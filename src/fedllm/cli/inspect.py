@@ -130,10 +130,14 @@ def print_run(console: Console, run: RunDir, *, is_full: bool = True) -> None:
 def _exchange_lines(facts: Overview) -> list[str]:
     """Say how faithful the aggregation was, whom it refused, and what privacy was spent."""
     lines = []
-    if facts.agg_error is not None:
-        error = f"{facts.agg_error:.2g}" if facts.agg_error >= 1e-12 else "0"
-        server = duration_text(facts.server_s)
-        lines.append(f"aggregation error {error} (mean over rounds) · server {server}")
+    if facts.agg_error is not None and facts.last_agg_error is not None:
+        mean, last = (
+            f"{error:.2g}" if error >= 1e-12 else "0"
+            for error in (facts.agg_error, facts.last_agg_error)
+        )
+        lines.append(f"aggregation error {mean} on average, {last} in the last round")
+    if facts.server_s:
+        lines.append(f"aggregation took the server {duration_text(facts.server_s)}")
     if facts.rejected:
         lines.append(f"rejected updates: {facts.rejected}; why stands in metrics.jsonl")
     if facts.privacy is not None:

@@ -142,6 +142,9 @@ class LiveView(Course):
         text = self.doing
         if self.answers:
             text += f" · {self.answers} of {self.answers_due} answers"
+        lost = self.rejected()
+        if lost:
+            text += f" · {lost} update{'s' if lost > 1 else ''} rejected"
         self._spinner.text = Text(text, style="dim")
         return self._spinner
 

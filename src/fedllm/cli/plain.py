@@ -47,6 +47,8 @@ class Plain(Course):
         if "bytes" in record:
             sent = record["bytes"]
             words.append(f"up {bytes_text(sent['up'])}, down {bytes_text(sent['down'])}")
+        if record.get("rejected"):
+            words.append(f"{len(record['rejected'])} rejected")  # the log has told why
         words.append(duration_text(took))
         self._print("  ".join(words))
 

@@ -159,6 +159,8 @@ def _fields(parents: Sequence[str]) -> list[str]:
     kind: Any = Config
     for part in parents:
         kind = _inside(kind, part)
+        if type(None) in get_args(kind):  # a section that may be absent
+            kind = next(filter(_is_model, get_args(kind)), kind)
     return list(kind.model_fields) if _is_model(kind) else []
 
 

@@ -133,28 +133,26 @@ class Evaluator:
         return self._mixed(views, mixes, cids)
 
     def _mixed(
-        self, views: list[View], mixes: Sequence[Mix | None], cids: Sequence[int]
+        self, views: Sequence[View], mixes: Sequence[Mix | None], cids: Sequence[int]
     ) -> list[View]:
         """Weigh the paths of views that ask for it, by how like each row is to the client's own."""
-        mix = next((m for m in mixes if m is not None), None)
-        if mix is None:
-            return views
-        alone = [
-            View(
-                view.adapter.select(lambda n: slot_of(n) != mix.common or is_head(n)),
-                view.base,
-                view.rows,
-            )
-            for view in views
-        ]
+        asking = [i for i, mix in enumerate(mixes) if mix is not None]
+        weighed = list(views)
+        if not asking:
+            return weighed
+        mix = mixes[asking[0]]
+        assert mix is not None
         alike = self.scorer.similarity(
-            alone, cids, self.tokens, references=mix.references, seed=self.seed
+            [_alone(views[i], mix) for i in asking],
+            [cids[i] for i in asking],
+            self.tokens,
+            references=mix.references,
+            seed=self.seed,
         )
-        weighed = []
-        for view, cosine in zip(views, alike, strict=True):
+        for i, cosine in zip(asking, alike, strict=True):
             share = np.clip(mix.strength * cosine, 0.0, 1.0)
             local = 1.0 - share if mix.is_flipped else share
-            weighed.append(replace(view, mix={mix.common: 1.0 - local, mix.local: local}))
+            weighed[i] = replace(views[i], mix={mix.common: 1.0 - local, mix.local: local})
         return weighed
 
     def _evidence(self, views: Sequence[View], progress: Callable[[int], None] | None) -> Evidence:
@@ -221,3 +219,9 @@ class Evaluator:
                 line["is_right"] = bool(evidence.chosen[row] == evidence.classes[row])
             lines.append(line)
         return lines
+
+
+def _alone(view: View, mix: Mix) -> View:
+    """Return the view without its common path."""
+    own = view.adapter.select(lambda name: slot_of(name) != mix.common or is_head(name))
+    return replace(view, adapter=own)

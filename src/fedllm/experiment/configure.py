@@ -50,8 +50,7 @@ def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
     if isinstance(metrics, list):
         strange = [name for name in metrics if name not in METRICS]
         problems += [f"evaluation.metrics: {unknown('metric', str(n), METRICS)}" for n in strange]
-    if config is not None:
-        problems += exchange.problems(config)
+    problems += exchange.misspelt(tree) if config is None else exchange.problems(config)
     if problems or config is None:
         raise ConfigError(problems, source)
     return config

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fedllm import algorithms
 from fedllm.adapters import wire
 from fedllm.config import Config, means_mixed_ranks
 from fedllm.federation import BaseClient, BaseServer, privacy, robust
 from fedllm.federation.privacy import ClientPrivacy, Epsilon
 from fedllm.federation.transport import Transport
-from fedllm.seeding import derive
+from fedllm.seeding import derive, rng
 from fedllm.simulation import Reception
 
 _COMBINING = ("median", "trimmed-mean")
@@ -67,11 +70,8 @@ def epsilon_of(config: Config, server: BaseServer, rounds: int, population: int)
 
 def problems(config: Config) -> list[str]:
     """Return what is wrong with `communication` and `updates`, one sentence each."""
-    up, down = config.communication.uplink, config.communication.downlink
-    asked = config.updates.robust
-    wrong = wire.problems(up.name, up.settings, "communication.uplink")
-    wrong += wire.problems(down.name, down.settings, "communication.downlink")
-    wrong += robust.problems(asked.name, asked.settings, "updates.robust")
+    down = config.communication.downlink
+    wrong = misspelt(config.model_dump())
     if not wrong and wire.make(down.name, **down.settings).needs_reference:
         wrong.append(
             f"communication.downlink: '{down.name}' is for changes, and what clients download is no"
@@ -81,7 +81,29 @@ def problems(config: Config) -> list[str]:
     if wrong or algorithms.problems(name, settings):
         return wrong
     server, client = algorithms.make(name, settings, config.adapter.head)
-    return [*_undefined(config, server), *_unfit(config), *_beside(config, client)]
+    return [*_undefined(config, server), *_unfit(config, server), *_beside(config, client)]
+
+
+def misspelt(tree: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with names and settings, even if the rest of a tree is no good either.
+
+    Args:
+        tree: Checked or not; what has no such form at all is told by the schema.
+    """
+    tables = {
+        ("communication", "uplink"): wire.problems,
+        ("communication", "downlink"): wire.problems,
+        ("updates", "robust"): robust.problems,
+    }
+    wrong = []
+    for (section, key), problems_of in tables.items():
+        given = tree.get(section)
+        chosen = given.get(key) if isinstance(given, Mapping) else None
+        settings = dict(chosen) if isinstance(chosen, Mapping) else {"name": chosen}
+        name = settings.pop("name", None)
+        if isinstance(name, str) and all(isinstance(word, str) for word in settings):
+            wrong += problems_of(name, settings, f"{section}.{key}")
+    return wrong
 
 
 def _undefined(config: Config, server: BaseServer) -> list[str]:
@@ -97,7 +119,7 @@ def _undefined(config: Config, server: BaseServer) -> list[str]:
     return [f"{key}: not defined for '{config.algorithm.name}': {why}" for key in asked if why]
 
 
-def _unfit(config: Config) -> list[str]:
+def _unfit(config: Config, server: BaseServer) -> list[str]:
     """Refuse what does not go with ranks, cohort, or with each other."""
     rule, wrong = config.updates.robust, []
     private = config.updates.privacy is not None
@@ -113,13 +135,27 @@ def _unfit(config: Config) -> list[str]:
             " does not allow; use mean or norm-bound"
         )
     made = robust.make(rule.name, rule.settings)
-    cohort = config.federation.cohort
-    if isinstance(made, robust.Krum) and cohort < made.fewest:
-        wrong.append(
-            f"updates.robust: '{rule.name}' with byzantine {made.byzantine} and keep {made.keep}"
-            f" needs a cohort of at least {made.fewest} (federation.cohort_size is {cohort})"
-        )
+    if isinstance(made, robust.Krum) and not server.recoordinated:
+        wrong += _too_few(config, server, made)
     return wrong
+
+
+def _too_few(config: Config, server: BaseServer, rule: robust.Krum) -> list[str]:
+    """Refuse a rule that no cohort is large enough for."""
+    name, cohort = config.algorithm.name, config.federation.cohort
+    clients = range(config.federation.num_clients)
+    found = len(server.sample(clients, cohort, rng(config.seed, "cohort", 0)))
+    if min(found, cohort) >= rule.fewest:
+        return []
+    has = (
+        f"federation.cohort_size is {cohort}"
+        if found >= cohort
+        else f"'{name}' takes {found} at a time"
+    )
+    return [
+        f"updates.robust: '{config.updates.robust.name}' with byzantine {rule.byzantine} and keep"
+        f" {rule.keep} needs a cohort of at least {rule.fewest} ({has})"
+    ]
 
 
 def _beside(config: Config, client: BaseClient) -> list[str]:

@@ -43,8 +43,12 @@ class Transport:
         return replace(payload, adapter=replace(payload.adapter, tensors=tensors), extra=extra)
 
     def down_nbytes(self, payload: Payload) -> int:
-        """Return the bytes of a payload."""
-        base = payload.base.nbytes_since(payload.known_base, self.downlink)
+        """Return the bytes of a payload.
+
+        The increments of the base were packed when they were merged. Where their sum is smaller, it
+        travels as it is: packed once more, it would be another base.
+        """
+        base = payload.base.nbytes_since(payload.known_base)
         return _nbytes(payload.sent, self.downlink) + base
 
     def up_nbytes(self, client: BaseClient, job: Job) -> int:

@@ -44,6 +44,7 @@ def plot_run(run: RunDir) -> list[Path]:
         "training_loss": lambda: training_loss(history),
         "clients": lambda: clients(history),
         "bytes": lambda: traffic(history),
+        "agg_error": lambda: aggregation_error(history),
         "heterogeneity": lambda: heterogeneity(split) if split else None,
     }
     written = []
@@ -195,6 +196,22 @@ def _quality_for_bytes(
     if is_share(metric):
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+
+
+def aggregation_error(history: History) -> Figure | None:
+    """Draw how far each round's aggregate is from the mean of what the clients trained."""
+    found = history.series("agg_error")
+    points = [(x, y) for x, y in zip(found.rounds, found.values, strict=True) if y > 0]
+    if not points:
+        return None
+    figure = style.panels(size=(6.4, 3.8))
+    axes = figure.axes[0]
+    axes.plot(*zip(*points, strict=True), color=style.BLUE, **_dots(len(points)))
+    axes.set_yscale("log")
+    axes.set_title("Distance of the aggregate from the mean update", loc="left")
+    axes.set_ylabel("aggregation error (Frobenius norm)")
+    style.round_axis(axes)
+    return figure
 
 
 def heterogeneity(split: Mapping[str, Any]) -> Figure | None:

@@ -50,6 +50,8 @@ class Overview:
     """Seconds of aggregation, over all rounds."""
     agg_error: float | None
     """Mean over rounds of the distance to the ideal mean update; None where there is no ideal."""
+    last_agg_error: float | None
+    """The same in the last round in which it is known."""
     rejected: int
     """Updates that the server refused."""
     privacy: Mapping[str, Any] | None
@@ -89,6 +91,7 @@ def overview(run: RunDir) -> Overview:
         wall_s=sum(entry["wall_s"] for entry in timing),
         server_s=sum(entry.get("aggregate", 0.0) for entry in timing),
         agg_error=sum(errors) / len(errors) if errors else None,
+        last_agg_error=errors[-1] if errors else None,
         rejected=sum(len(record.get("rejected", ())) for record in records),
         privacy=next((r["privacy"] for r in reversed(records) if r.get("privacy")), None),
     )

@@ -240,7 +240,9 @@ class Loop:
     def _aggregate(self) -> Round:
         sent = self.schedule.parts(self.server)
         begin = time.perf_counter()
-        parts = self.reception.parts(sent, self.answered, self._rejected, self.cohort_size)
+        # as many as were asked: a stage may ask everyone, and some methods one at a time
+        asked = len(self.schedule.cohort)
+        parts = self.reception.parts(sent, self.answered, self._rejected, asked)
         self.server.apply(parts)
         middle = time.perf_counter()
         agg_error = aggregation_error(self.server, sent, self.answered)

@@ -47,17 +47,29 @@ class Reception:
     ) -> list[Part]:
         """Return what the algorithm aggregates.
 
+        Args:
+            parts: The updates that were accepted.
+            jobs: Client to the job it has answered.
+            rejected: The others, for the message.
+            cohort_size: How many clients were asked.
+
         Raises:
-            TrainingError: If every update of the cohort was rejected.
+            TrainingError: If every update of the cohort was rejected, or what clients sent cannot
+                be compared.
         """
         if not parts:
             raise TrainingError(_all_rejected(rejected))
         given = list(jobs.values())
-        kept = self.robust(parts, given)
-        if self.privacy is None:
-            return kept
-        version = parts[0].update.version
-        return self.privacy.parts(kept, given, version, cohort_size)
+        try:
+            kept = self.robust(parts, given)
+            if self.privacy is None:
+                return kept
+            return self.privacy.parts(kept, given, parts[0].update.version, cohort_size)
+        except ValueError as error:
+            raise TrainingError(
+                f"updates.robust or updates.privacy is not defined for what clients sent: {error}."
+                " Take it out, or have all clients train the same tensors"
+            ) from error
 
 
 def _all_rejected(rejected: Sequence[Mapping[str, object]]) -> str:
