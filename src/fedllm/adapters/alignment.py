@@ -103,8 +103,8 @@ def onto_basis(adapter: Adapter, then: Adapter, now: Adapter) -> Adapter:
     """
     tensors: dict[str, Tensor] = {}
     for path in adapter.modules:
-        old, b = then[name_a(path)], adapter[name_b(path)]
-        new = now[name_a(path)][: b.shape[1]]
+        b = adapter[name_b(path)]
+        old, new = (one[name_a(path)][: b.shape[1]] for one in (then, now))
         if not torch.equal(old, new):
             tensors[name_b(path)] = change_of_basis(b, old, new)
     return adapter.overlaid(tensors)
