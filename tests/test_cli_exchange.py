@@ -101,17 +101,17 @@ def test_show_tells_aggregation_rejections_and_privacy(tmp_path: Path) -> None:
         tmp_path,
         {"agg_error": 0.5, "rejected": lost, "privacy": {**EPSILON, "value": 2.0}},
         {"agg_error": 0.1, "rejected": lost[:1], "privacy": EPSILON},
-        server_s=1.25,
+        server_s=0.0125,
     )
     text = shown(run)
     assert "aggregation error 0.3 on average, 0.1 in the last round" in text
-    assert "aggregation took the server 2.5 s" in text
+    assert "aggregation took the server 12.5 ms a round" in text
     assert "rejected updates: 3" in text
     assert "epsilon 3.14 at delta 1e-05. It holds for uniform." in text
     facts = json.loads(call("show", run.path, "--json")[1])
     assert facts["agg_error"] == pytest.approx(0.3)
     assert (facts["last_agg_error"], facts["rejected"]) == (0.1, 3)
-    assert (facts["server_s"], facts["privacy"]) == (2.5, EPSILON)
+    assert (facts["server_s"], facts["privacy"]) == (0.025, EPSILON)
 
 
 def test_show_says_nothing_of_what_a_run_does_not_have(tmp_path: Path) -> None:

@@ -136,8 +136,9 @@ def _exchange_lines(facts: Overview) -> list[str]:
             for error in (facts.agg_error, facts.last_agg_error)
         )
         lines.append(f"aggregation error {mean} on average, {last} in the last round")
-    if facts.server_s:
-        lines.append(f"aggregation took the server {duration_text(facts.server_s)}")
+    if facts.server_s and facts.rounds_done:
+        took_ms = 1000 * facts.server_s / facts.rounds_done
+        lines.append(f"aggregation took the server {took_ms:.3g} ms a round")
     if facts.rejected:
         lines.append(f"rejected updates: {facts.rejected}; why stands in metrics.jsonl")
     if facts.privacy is not None:
