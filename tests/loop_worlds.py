@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,8 @@ from conformance.world import NUM_SAMPLES, FakeEngine, Federation
 from fedllm.config import TrainingConfig
 from fedllm.executors import InlineExecutor
 from fedllm.federation import FitRequest, FitResult, Plan, Progress
-from fedllm.simulation import EventQueue, Loop, Population, Round
-from fedllm.system import Ideal, World
+from fedllm.simulation import EventQueue, Loop, Population, Round, Schedule, Sync
+from fedllm.system import Ideal, Work, World
 
 PERIOD_S = 100.0
 
@@ -26,23 +27,38 @@ class Slow:
     """Seconds of a local step of each client; 1 where not given."""
     absent: frozenset[int] = frozenset()
     """Clients that never come."""
+    leaves: Mapping[int, float] = field(default_factory=dict)
+    """Seconds of work after which a client drops out of each of its jobs."""
+    open_s: float = 60.0
+    """Length of a window."""
+    cells: Mapping[int, int] = field(default_factory=dict)
+    """Client to its cell."""
 
     def window(self, cid: int, time_s: float) -> tuple[float, float] | None:
         if cid in self.absent:
             return None
         open_s = 7.0 * cid
-        while open_s + 60.0 <= time_s:
+        while open_s + self.open_s <= time_s:
             open_s += PERIOD_S
-        return open_s, open_s + 60.0
+        return open_s, open_s + self.open_s
 
-    def fit_s(self, cid: int, steps: int) -> float:
-        return steps * self.pace.get(cid, 1.0)
+    def fit_s(self, cid: int, work: Work) -> float:
+        return work.steps * self.pace.get(cid, 1.0)
 
-    def download_s(self, cid: int, nbytes: int) -> float:
-        return nbytes / 1e4
+    def download_s(self, cid: int, nbytes: int, time_s: float, sharing: int) -> float:
+        return sharing * nbytes / 1e4
 
-    def upload_s(self, cid: int, nbytes: int) -> float:
-        return nbytes / 2e3
+    def upload_s(self, cid: int, nbytes: int, time_s: float, sharing: int) -> float:
+        return sharing * nbytes / 2e3
+
+    def cell(self, cid: int) -> int | None:
+        return self.cells.get(cid)
+
+    def drops_after_s(self, cid: int, job: int, busy_s: float) -> float:
+        return self.leaves.get(cid, math.inf)
+
+    def energy_j(self, cid: int, train_s: float, download_s: float, upload_s: float) -> float:
+        return 5.0 * train_s + download_s + 2.0 * upload_s
 
 
 @dataclass
@@ -63,6 +79,8 @@ def loop_of(
     cohort_size: int = len(NUM_SAMPLES),
     world: World | None = None,
     queue: EventQueue | None = None,
+    schedule: Schedule | None = None,
+    **options: Any,
 ) -> Loop:
     """Return the loop over this federation's server and client, with the same seed and plan."""
     training = TrainingConfig(local_steps=fed.steps, learning_rate=fed.learning_rate)
@@ -73,10 +91,11 @@ def loop_of(
         executor=InlineExecutor(fed.engine, fed.client),
         plan=Plan(training, rounds=10),
         population=Population(list(NUM_SAMPLES.values())),
-        cohort_size=cohort_size,
         seed=fed.seed,
+        schedule=schedule or Sync(cohort_size=cohort_size),
         store=fed.store,
         queue=EventQueue() if queue is None else queue,
+        **{"at_window_close": "pause", "selection": "any", **options},
     )
 
 

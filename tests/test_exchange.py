@@ -41,8 +41,7 @@ def test_the_ledger_counts_the_bytes_that_are_sent(name: str, algorithm: str) ->
     codec = wire.make(name)
     settings = {"heads": 2} if algorithm == "ravan" else {}
     fed = Federation(algorithm, settings)
-    loop = loop_of(fed)
-    loop.reception = Reception(Transport(uplink=codec, downlink=codec))
+    loop = loop_of(fed, reception=Reception(Transport(uplink=codec, downlink=codec)))
     sent: dict[tuple[int, int], int] = {}
     inner = loop.executor.run  # type: ignore[attr-defined]
 
@@ -68,8 +67,9 @@ def test_the_ledger_counts_the_bytes_that_are_sent(name: str, algorithm: str) ->
 def test_a_codec_changes_what_is_learned_a_little(name: str) -> None:
     views = []
     for codec in (wire.make("fp32"), wire.make(name)):
-        loop = loop_of(Federation("fedit"))
-        loop.reception = Reception(Transport(uplink=codec, downlink=codec))
+        loop = loop_of(
+            Federation("fedit"), reception=Reception(Transport(uplink=codec, downlink=codec))
+        )
         list(loop.run(3))
         views.append(effective(loop.server.view().adapter, loop.server.base))
     for layer in SHAPES:
@@ -242,8 +242,7 @@ def test_a_round_of_which_nothing_is_left_stops_the_run() -> None:
 
 def test_a_change_that_is_too_large_is_rejected() -> None:
     fed = Federation("fedit")
-    loop = loop_of(fed)
-    loop.reception = Reception(max_norm=1e-6)
+    loop = loop_of(fed, reception=Reception(max_norm=1e-6))
     with pytest.raises(TrainingError, match=r"norm .*updates.max_norm"):
         list(loop.run(1))
 
@@ -251,8 +250,7 @@ def test_a_change_that_is_too_large_is_rejected() -> None:
 def test_the_median_withstands_a_client_that_the_mean_does_not() -> None:
     def moved(reception: Reception, scale: float) -> float:
         fed = Federation("ffa-lora")
-        loop = loop_of(fed)
-        loop.reception = reception
+        loop = loop_of(fed, reception=reception)
         inner = loop.executor.run  # type: ignore[attr-defined]
 
         def poisoned(jobs: Sequence[Job]) -> Any:
@@ -275,8 +273,9 @@ def test_the_median_withstands_a_client_that_the_mean_does_not() -> None:
 def test_noise_follows_from_the_seed() -> None:
     digests = []
     for seed in (1, 1, 2):
-        loop = loop_of(Federation("ffa-lora"))
-        loop.reception = Reception(privacy=ClientPrivacy(1.0, 0.5, 1e-5, seed))
+        loop = loop_of(
+            Federation("ffa-lora"), reception=Reception(privacy=ClientPrivacy(1.0, 0.5, 1e-5, seed))
+        )
         list(loop.run(2))
         digests.append(loop.server.adapter.digest())
     assert digests[0] == digests[1] != digests[2]

@@ -52,9 +52,9 @@ def test_a_loop_stopped_between_any_two_events_goes_on_as_if_nothing_had_happene
     world = Slow({0: 3.0, 1: 30.0})
     whole = loop_of(build(setup), 3, world)
     rounds = list(whole.run(3))
-    total = sum(len(made.events) for made in rounds)
+    total = sum(len(made.events) for made in rounds) - len(rounds)
     assert total >= 3 * sum(len(made.updates) for made in rounds)
-    for stop in range(total):
+    for stop in range(0, total, max(1, total // 12)):
         first = loop_of(build(setup), 3, world, StoppingQueue(stop))
         made = []
         with pytest.raises(Stopped):

@@ -29,8 +29,12 @@ with_feedback = pytest.mark.parametrize(
 
 def through(fed: Federation, uplink: Any = None, downlink: Any = None) -> Loop:
     """Return the loop in which messages are packed, three clients a round."""
-    loop = loop_of(fed, COHORT, Slow())
-    loop.reception = Reception(Transport(uplink or wire.make("fp32"), downlink or INT8))
+    loop = loop_of(
+        fed,
+        COHORT,
+        Slow(),
+        reception=Reception(Transport(uplink or wire.make("fp32"), downlink or INT8)),
+    )
     fed.server.downlink = loop.reception.transport.downlink
     return loop
 

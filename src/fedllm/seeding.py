@@ -28,3 +28,12 @@ def derive(seed: int, *names: str | int) -> int:
 def rng(seed: int, *names: str | int) -> np.random.Generator:
     """Return the random stream with this name."""
     return np.random.default_rng(derive(seed, *names))
+
+
+def uniform(seed: int, *names: str | int) -> float:
+    """Return a number from [0, 1) that follows from `seed` and the names: one hash, no stream.
+
+    >>> 0.0 <= uniform(0, "device", 3) < 1.0
+    True
+    """
+    return (derive(seed, *names) >> 10) * 2.0**-53

@@ -66,7 +66,8 @@ class Course:
         if self._is_between:
             assert self.parts is not None
             # all jobs of a cohort are dispatched before the first of them is computed
-            self.steps = {c: (0, job.steps) for c, job in sorted(self.parts.loop.jobs.items())}
+            flights = self.parts.loop.fleet.flights
+            self.steps = {cid: (0, flights[cid].job.steps) for cid in sorted(flights)}
             self._is_between, self.answers = False, 0
         self.steps[cid] = (done, total)
         is_done = all(did >= todo for did, todo in self.steps.values())

@@ -12,6 +12,14 @@ from fedllm.config.ranks import (
     means_mixed_ranks,
     ranks_in,
 )
+from fedllm.config.schedules import (
+    AnySchedule,
+    AsyncSchedule,
+    BufferedSchedule,
+    SemiSyncSchedule,
+    SequentialSchedule,
+    SyncSchedule,
+)
 from fedllm.config.schema import (
     AdapterConfig,
     AlgorithmConfig,
@@ -28,7 +36,10 @@ from fedllm.config.schema import (
 __all__ = [
     "AdapterConfig",
     "AlgorithmConfig",
+    "AnySchedule",
+    "AsyncSchedule",
     "BudgetRange",
+    "BufferedSchedule",
     "CheckpointConfig",
     "CommunicationConfig",
     "Config",
@@ -43,6 +54,9 @@ __all__ = [
     "RankMemory",
     "RankPolicy",
     "RankTiers",
+    "SemiSyncSchedule",
+    "SequentialSchedule",
+    "SyncSchedule",
     "Tier",
     "TrainingConfig",
     "UpdatesConfig",

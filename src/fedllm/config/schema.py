@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 from fedllm.config.exchange import CommunicationConfig, UpdatesConfig
 from fedllm.config.ranks import Rank, ranks_in
+from fedllm.config.schedules import Schedule, SyncSchedule
 from fedllm.config.section import Section
+from fedllm.config.system import SystemConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -120,8 +122,17 @@ class FederationConfig(Section):
     """Clients sampled each round; default all."""
     rounds: PositiveInt = 10
     """How many server updates the run makes."""
-    schedule: Literal["sync"] = "sync"
-    """When the server aggregates."""
+    schedule: Schedule = SyncSchedule()
+    """When the server aggregates: `sync`, `buffered`, `async`, `semi-sync` or `sequential`, or a
+    mapping with the name and settings. In those without rounds, `cohort_size` clients work at any
+    time."""
+    selection: Literal["available", "any"] = "available"
+    """Draw cohorts among the clients that are there, or among all, who then are waited for."""
+    at_window_close: Literal["discard", "partial", "pause"] = "discard"
+    """What becomes of a job at the end of its client's window: it is lost, as many steps are done
+    as leave time to send them, or it goes on in the next window."""
+    time_limit_s: PositiveFloat | None = None
+    """End the run at this virtual time, whatever `rounds` says."""
     partition: PartitionConfig = PartitionConfig()
 
     @model_validator(mode="after")
@@ -230,8 +241,11 @@ class Config(Section):
     """Where run directories go."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Root of every random stream."""
-    mode: Literal["prototype"] = "prototype"
-    """`prototype`: infinitely fast devices and links, always available."""
+    mode: Literal["prototype", "realistic"] = "prototype"
+    """`prototype`: infinitely fast devices and links, always available. `realistic`: as `system`
+    says."""
+    system: SystemConfig = SystemConfig()
+    """The world of realistic mode, inline or as the path of a `sys.yaml`."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fedllm import algorithms
 from fedllm.config import Config
@@ -12,11 +15,14 @@ from fedllm.data import Dataset, Partition, load_dataset, partition
 from fedllm.errors import DataError
 from fedllm.evaluation import Evaluator, Scope
 from fedllm.experiment.exchange import reception_of, transport_of
+from fedllm.experiment.schedules import schedule_of
 from fedllm.federation import BaseClient, BaseServer, Plan, Scorer
 from fedllm.seeding import derive
+from fedllm.simulation import Population
 from fedllm.system import Ideal, RankRule, rank_rule
 
 if TYPE_CHECKING:
+    from fedllm.data import TokenSet
     from fedllm.engine import CohortEngine
     from fedllm.models import Kind, LoadedModel
     from fedllm.simulation import Loop
@@ -200,19 +206,30 @@ def _loop(
     client: BaseClient,
 ) -> Loop:
     from fedllm.executors import InlineExecutor
-    from fedllm.simulation import Loop, Population
+    from fedllm.simulation import Loop
 
+    federation = config.federation
     return Loop(
         server=server,
         client=client,
         world=Ideal(),
         executor=InlineExecutor(engine, client),
         plan=plan_of(config),
-        population=Population(shards.train_sizes.tolist()),
-        cohort_size=config.federation.cohort,
+        population=population_of(engine.tokens, shards),
         seed=config.seed,
+        schedule=schedule_of(federation),
         reception=reception_of(config),
+        selection=federation.selection,
+        at_window_close=federation.at_window_close,
+        time_limit_s=math.inf if federation.time_limit_s is None else federation.time_limit_s,
     )
+
+
+def population_of(tokens: TokenSet, shards: Partition) -> Population:
+    """Return how much each client has to learn from."""
+    ends = np.concatenate([[0], np.cumsum(tokens.lengths[shards.train_rows])])
+    owned = np.diff(ends[shards.train_offsets])
+    return Population(shards.train_sizes.tolist(), owned.tolist())
 
 
 def _evaluator(

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,9 @@ from fedllm.experiment.outputs import personal_clients, write_adapter
 from fedllm.experiment.parts import Parts, build
 from fedllm.federation import Codec, Update
 from fedllm.results import RunDir, latest_checkpoint, load_checkpoint, save_checkpoint
-from fedllm.simulation import ClientState, Event, EventKind, Round
+from fedllm.simulation import STATE_TYPES, Round
 
-CODEC = Codec(Event, EventKind, ClientState)
+CODEC = Codec(*STATE_TYPES)
 """The types a checkpoint may hold."""
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class _Session:
 
     def __init__(self, parts: Parts, directory: RunDir, watch: Watch) -> None:
         self.parts, self.directory, self.watch = parts, directory, watch
-        self.totals = {"up": 0, "down": 0}
+        self.totals = {"up": 0, "down": 0, "energy_j": 0.0}
         parts.loop.executor.progress = watch.step  # type: ignore[attr-defined]
 
     def restore(self) -> None:
@@ -126,38 +126,49 @@ class _Session:
             report = heterogeneity(parts.partition, parts.dataset.train.groups).as_dict()
             self.directory.write("heterogeneity.json", json.dumps(report, indent=2) + "\n")
             if parts.config.evaluation.every:
-                self._record({"round": 0, "virtual_time_s": 0.0}, self._evaluate(0), {})
+                start = {"round": 0, "virtual_time_s": 0.0}
+                self._record(start, self._evaluate(0, is_last=False), {})
         for made in parts.loop.run(rounds):
             self._finish(made)
         self._draw()
 
     def _finish(self, made: Round) -> None:
         """Evaluate, record and save one round."""
-        for row in made.ledger:
-            self.totals["up"] += row["up_bytes"]
-            self.totals["down"] += row["down_bytes"]
-        evaluation = self._evaluate(made.number) if self._is_due(made.number) else None
+        sums = {key: sum(row[key] for row in made.ledger) for key in _SUMMED}
+        self.totals["up"] += sums["up_bytes"]
+        self.totals["down"] += sums["down_bytes"]
+        self.totals["energy_j"] += sums["energy_j"]
+        every = self.parts.config.evaluation.every
+        is_due = made.is_last or bool(every and made.number % every == 0)
+        evaluation = self._evaluate(made.number, is_last=made.is_last) if is_due else None
         record = {
             "round": made.number,
             "virtual_time_s": made.time_s,
             "train": _training(made.updates),
             "agg_error": made.agg_error,
             "rejected": list(made.rejected),
+            "jobs": made.outcomes,
+            "staleness": _spread(made.staleness),
+            "in_flight": made.in_flight,
             "bytes": {
-                "up": sum(row["up_bytes"] for row in made.ledger),
-                "down": sum(row["down_bytes"] for row in made.ledger),
+                "up": sums["up_bytes"],
+                "down": sums["down_bytes"],
                 "up_total": self.totals["up"],
                 "down_total": self.totals["down"],
             },
+            "energy_j": sums["energy_j"],
+            "energy_total_j": self.totals["energy_j"],
         }
+        if made.ended:
+            record["ended"] = made.ended
+            logger.warning("round %d: the run ends: %s", made.number, made.ended)
         self.directory.append("events", made.events)
         self.directory.append("ledger", made.ledger)
         if self.parts.config.updates.privacy is not None:
             record["privacy"] = self._privacy(made.number)
         self._record(record, evaluation, made.wall_s)
-        every, rounds = self.parts.config.checkpoint.every, self.parts.config.federation.rounds
-        if made.number % every == 0 or made.number == rounds:
-            self._save(made.number, is_last=made.number == rounds)
+        if made.is_last or made.number % self.parts.config.checkpoint.every == 0:
+            self._save(made.number, is_last=made.is_last)
 
     def _privacy(self, rounds: int) -> dict[str, Any]:
         """Return what may be claimed so far."""
@@ -166,13 +177,8 @@ class _Session:
         assert spent is not None
         return asdict(spent)
 
-    def _is_due(self, number: int) -> bool:
-        every = self.parts.config.evaluation.every
-        return number == self.parts.config.federation.rounds or bool(every and number % every == 0)
-
-    def _evaluate(self, number: int) -> Evaluation:
+    def _evaluate(self, number: int, *, is_last: bool) -> Evaluation:
         parts = self.parts
-        is_last = number == parts.config.federation.rounds
         begin = time.perf_counter()
         found = parts.evaluator.evaluate(
             parts.server,
@@ -223,6 +229,16 @@ class _Session:
 
         self.watch.say("drawing")
         plot_run(self.directory)
+
+
+_SUMMED = ("up_bytes", "down_bytes", "energy_j")
+
+
+def _spread(lateness: Sequence[int]) -> dict[str, float] | None:
+    """Return how late updates were, in versions; None without any."""
+    if not lateness:
+        return None
+    return {"mean": sum(lateness) / len(lateness), "max": max(lateness)}
 
 
 def _training(updates: list[Update] | Any) -> dict[str, Any]:

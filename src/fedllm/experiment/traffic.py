@@ -18,7 +18,7 @@ from fedllm.executors import InlineExecutor
 from fedllm.experiment.exchange import reception_of, transport_of
 from fedllm.experiment.parts import plan_of, ranks_of, scaling_of
 from fedllm.federation import BaseClient, Engine, FitRequest, FitResult, Job, Progress
-from fedllm.simulation import Loop, Population
+from fedllm.simulation import Loop, Population, Sync
 from fedllm.system import Ideal
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def untrained_loop(
         executor=InlineExecutor(engine or Untrained(), client),
         plan=plan_of(config),
         population=Population(sizes),
-        cohort_size=config.federation.cohort,
+        schedule=Sync(cohort_size=config.federation.cohort),
         seed=config.seed,
         reception=reception_of(config),
     )

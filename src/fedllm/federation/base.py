@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_head, is_note, layer_of
 from fedllm.adapters.wire_formats import AS_IS, WireCodec
@@ -26,6 +27,11 @@ WeightOf = Callable[[str], "Tensor"]
 
 def _no_weights(layer: str) -> Tensor:
     raise LookupError(f"nobody has told the server the base weight of {layer}")
+
+
+@functools.cache
+def _setting_names(kind: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.init)
 
 
 @dataclass(kw_only=True)
@@ -110,7 +116,7 @@ class BaseServer:
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Say what each client of the cohort does: one job from its download."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        settings = {name: getattr(self, name) for name in _setting_names(type(self))}
         for cid in cohort:
             yield Job(cid=cid, payload=self.download(cid), stage=self.stage, settings=settings)
 
@@ -215,6 +221,10 @@ class BaseClient:
     def extra_names(self, job: Job) -> Iterable[str]:
         """Return the tensors beside which something else is uploaded, of the same size."""
         return ()
+
+    def num_passes(self, job: Job, rows_per_step: int) -> float:
+        """Return how many times `job.steps` steps are trained, for the cost model."""
+        return 1.0
 
     def penalty(self, live: Mapping[str, Tensor], job: Job) -> Tensor | None:
         """Return a differentiable term added to the task loss, from the trainable tensors."""

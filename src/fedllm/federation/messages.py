@@ -87,6 +87,9 @@ class Job:
     """Root of all randomness in this job: data order, dropout, fresh factors."""
     steps: int = 0
     """Optimiser steps to do."""
+    planned_steps: int = 0
+    """Steps that the local learning-rate schedule is laid out for, when a window cuts a job short;
+    0: as many as `steps`."""
     learning_rate: float = 0.0
     """Peak learning rate of this round."""
     num_samples: int = 0

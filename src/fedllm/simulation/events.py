@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from enum import Enum, IntEnum
+from typing import NamedTuple
+
+NOBODY = -1
+"""Client of an event that concerns no client."""
 
 
 class EventKind(IntEnum):
     """What can happen. At one instant windows open first: who begins together, trains together.
 
-    What is done at the instant at which a window closes is done in time.
+    What is done at the instant at which its client leaves, its window closes or its round ends is
+    done in time.
     """
 
     WINDOW_OPEN = 0
+    """A client that the server waits for is there, or a paused one is back."""
     TRAINING_DONE = 1
+    """A client has received the model and trained; it begins to send."""
     UPLOAD_DONE = 2
-    WINDOW_CLOSE = 3
+    """An update has arrived."""
+    DROPOUT = 3
+    """A client has left in the middle of its work."""
+    WINDOW_CLOSE = 4
+    """A window closes before its client is done."""
+    DEADLINE = 5
+    """The server waits no longer."""
 
 
 class ClientState(Enum):
     """What a client is doing."""
 
     IDLE = "idle"
-    """Not in the cohort, or done with its part."""
+    """Without a job, or outside its window."""
     AVAILABLE = "available"
-    """In the cohort and inside a window; work begins at once."""
+    """Chosen and inside a window; work begins at once."""
     TRAINING = "training"
     """Receiving the model and training."""
     UPLOADING = "uploading"
     """Sending its update."""
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happens to a client at a virtual time."""
+class Event(NamedTuple):
+    """Something that happens at a virtual time; its order is that of the fields.
+
+    `number` is that of the push, so no two events are ever equal and ties are always decided.
+    """
 
     time_s: float
     kind: EventKind
+    number: int
     cid: int
+    """Client, or `NOBODY`."""
+    job: int
+    """Number of the dispatch it belongs to, or of the group whose deadline it is."""
 
 
 class EventQueue:
@@ -49,36 +67,42 @@ class EventQueue:
 
     Args:
         now_s: Virtual time.
-        pending: Events with their tie-breaking numbers, as `snapshot` returns them.
+        pending: Events as `snapshot` returns them.
     """
 
-    def __init__(
-        self, now_s: float = 0.0, pending: Iterator[tuple[int, Event]] | tuple[()] = ()
-    ) -> None:
+    def __init__(self, now_s: float = 0.0, pending: Iterable[Event] = ()) -> None:
         self.now_s = now_s
-        self._heap = [(e.time_s, int(e.kind), number, e) for number, e in pending]
+        self._heap = list(pending)
         heapq.heapify(self._heap)
-        self._pushed = max((number for _, _, number, _ in self._heap), default=-1) + 1
+        self._pushed = max((event.number for event in self._heap), default=-1) + 1
 
     def __len__(self) -> int:
         return len(self._heap)
 
-    def push(self, event: Event) -> None:
+    @property
+    def next_s(self) -> float:
+        """Virtual time of the next event; there must be one."""
+        return self._heap[0][0]
+
+    def push(self, time_s: float, kind: EventKind, cid: int, job: int = 0) -> None:
         """Add an event.
 
         Raises:
             ValueError: If it lies in the past.
         """
-        if event.time_s < self.now_s:
-            raise ValueError(f"{event} lies before the present, {self.now_s} s")
-        heapq.heappush(self._heap, (event.time_s, int(event.kind), self._pushed, event))
+        if time_s < self.now_s:
+            raise ValueError(
+                f"{kind.name} of client {cid} at {time_s} s lies before the present, {self.now_s} s"
+            )
+        heapq.heappush(self._heap, Event(time_s, kind, self._pushed, cid, job))
         self._pushed += 1
 
     def pop(self) -> Event:
         """Remove the next event and set the clock to it."""
-        self.now_s, _, _, event = heapq.heappop(self._heap)
+        event = heapq.heappop(self._heap)
+        self.now_s = event[0]
         return event
 
-    def snapshot(self) -> list[tuple[int, Event]]:
-        """Return the pending events with their tie-breaking numbers."""
-        return [(number, event) for _, _, number, event in sorted(self._heap, key=lambda h: h[:3])]
+    def snapshot(self) -> list[Event]:
+        """Return the pending events in their order."""
+        return sorted(self._heap)

@@ -1,7 +1,7 @@
-"""The one loop: events in virtual time, for every mode and every algorithm.
+"""The one loop: events in virtual time, for every mode, schedule and algorithm.
 
 Prototype mode is this loop in the `Ideal` world. Virtual time is decided before anything is
-computed, so the jobs of a cohort run together, when the first of their results is needed.
+computed; jobs run when the first of their results is needed, all whose inputs are known together.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from fedllm.errors import RunError
 from fedllm.federation import (
     BaseClient,
     BaseServer,
@@ -20,60 +19,35 @@ from fedllm.federation import (
     Executor,
     Job,
     MemoryStore,
+    Part,
     Plan,
-    Update,
-    restore_server,
-    server_state,
 )
 from fedllm.federation.fidelity import aggregation_error
-from fedllm.seeding import derive, rng
-from fedllm.simulation.events import ClientState, Event, EventKind, EventQueue
+from fedllm.federation.staleness import fresh_parts
+from fedllm.simulation import snapshot
+from fedllm.simulation.events import NOBODY, Event, EventKind, EventQueue
+from fedllm.simulation.fleet import AtWindowClose, Fleet
+from fedllm.simulation.flights import Flight
+from fedllm.simulation.lazy import Computation
+from fedllm.simulation.population import Population
 from fedllm.simulation.reception import Reception
-from fedllm.simulation.schedules import Sync
+from fedllm.simulation.record import Diary, Round
+from fedllm.simulation.recruiting import Recruiter
+from fedllm.simulation.schedules import Group, Schedule, Sync
+from fedllm.simulation.selection import Selection
 from fedllm.system import World
 
-
-@dataclass(frozen=True)
-class Round:
-    """What one server update was made of."""
-
-    number: int
-    """The version it made, from 1."""
-    time_s: float
-    """Virtual time at which it was made."""
-    updates: Sequence[Update]
-    """Those that were aggregated, by client."""
-    rejected: Sequence[Mapping[str, Any]]
-    """Client and reason of each update that was not."""
-    agg_error: float | None
-    """Distance of the aggregate from the ideal mean update; see `federation.fidelity`."""
-    ledger: Sequence[Mapping[str, int]]
-    """Bytes down and up of each client."""
-    events: Sequence[Mapping[str, Any]]
-    """What happened, in order."""
-    wall_s: Mapping[str, float]
-    """Real seconds of local training and of aggregation; not reproducible."""
-
-
-@dataclass
-class Population:
-    """Who there is: the number of training rows of each client, in one array."""
-
-    sizes: Sequence[int]
-
-    def pool(self) -> Sequence[ClientId]:
-        """Return the clients that have something to learn from."""
-        if all(size > 0 for size in self.sizes):
-            return range(len(self.sizes))
-        return [cid for cid, size in enumerate(self.sizes) if size > 0]
+MOST_LOSSES = 1000
+"""So many jobs lost one after another, with no update between, end a run."""
+_LOST_BY = {EventKind.DROPOUT: "dropout", EventKind.WINDOW_CLOSE: "window"}
 
 
 @dataclass
 class Loop:
     """Drives a federation through virtual time.
 
-    Cost of a round: its cohort's, whatever the population. Memory: pending events, jobs and private
-    state of dispatched clients.
+    Cost of an aggregation: that of the jobs that ended since the one before, whatever the
+    population. Memory: pending events, jobs and private state of dispatched clients.
     """
 
     server: BaseServer
@@ -82,205 +56,233 @@ class Loop:
     executor: Executor
     plan: Plan
     population: Population
-    cohort_size: int
     seed: int
+    schedule: Schedule = field(default_factory=Sync)
     store: MemoryStore = field(default_factory=MemoryStore)
     reception: Reception = field(default_factory=Reception)
-    schedule: Sync = field(default_factory=Sync)
     queue: EventQueue = field(default_factory=EventQueue)
-    states: dict[ClientId, ClientState] = field(default_factory=dict)
-    """Of clients that are not idle."""
-    jobs: dict[ClientId, Job] = field(default_factory=dict)
-    """Dispatched and not yet arrived."""
-    results: dict[ClientId, Update] = field(default_factory=dict)
-    """Computed and not yet arrived."""
-    answered: dict[ClientId, Job] = field(default_factory=dict)
-    """Jobs of this round whose updates have arrived."""
+    selection: Literal["available", "any"] = "available"
+    at_window_close: AtWindowClose = "discard"
+    time_limit_s: float = math.inf
+    compute: Literal["lazy", "eager"] = "lazy"
+    lost: Literal["skip", "compute"] = "skip"
 
     def __post_init__(self) -> None:
-        self._pool = self.population.pool()
-        self._events: list[dict[str, Any]] = []
-        self._ledger: list[dict[str, int]] = []
-        self._rejected: list[dict[str, Any]] = []
-        self._fit_s = 0.0
+        """Make the parts that the loop drives."""
+        self.diary = Diary()
+        self.fleet = Fleet(
+            server=self.server,
+            client=self.client,
+            world=self.world,
+            plan=self.plan,
+            population=self.population,
+            transport=self.reception.transport,
+            seed=self.seed,
+            at_window_close=self.at_window_close,
+            queue=self.queue,
+            diary=self.diary,
+            store=self.store,
+        )
+        self.computation = Computation(self.executor, self.compute, self.lost)
+        self.answered: dict[ClientId, Job] = {}
+        """Jobs whose updates wait for their aggregation."""
+        self.deadlines: dict[int, tuple[int, float]] = {}
+        """Group to the number and the virtual time of its deadline."""
+        self.losses = 0
+        """Jobs lost since the last arrival."""
+        self.ended = ""
+        """Why the run has ended before its last round."""
+        self.is_stirred = True
+        """Whether something has happened that the schedule may act on."""
+        selection = Selection(self.world, self.population.pool(), self.selection, self.seed)
+        self.recruiter = Recruiter(self.server, self.schedule, self.fleet, selection)
 
     def run(self, rounds: int) -> Iterator[Round]:
         """Advance to this many server updates, yielding after each.
 
-        Raises:
-            RunError: If no event is left and the cohort is not complete.
+        Where nobody will come any more, nothing arrives any more, or time is up, the run ends
+        before, with an empty round that says why.
         """
-        while self.server.version < rounds:
-            if not self.schedule.cohort:
-                self._begin()
-            if not len(self.queue):
-                missing = sorted(set(self.schedule.cohort) - set(self.answered))
-                raise RunError(
-                    f"round {self.server.version + 1} cannot end: clients {missing} of its cohort"
-                    " will never be available"
-                )
-            self._handle(self.queue.pop())
-            if self.schedule.is_ready:
-                yield self._aggregate()
+        while self.server.version < rounds and not self.ended:
+            if self.is_stirred or not len(self.queue):
+                self.is_stirred = False
+                self._fill()
+                ready = self.schedule.ready
+                if ready is not None:
+                    self.is_stirred = True
+                    yield self._aggregate(ready, is_last=self.server.version + 1 == rounds)
+                    continue
+            why = self._end()
+            if why:
+                self.ended = why
+                yield self._aggregate(None, is_last=True)
+            else:
+                self._handle(self.queue.pop())
+
+    def _end(self) -> str:
+        """Say why the run ends here; empty if it goes on."""
+        if not len(self.queue):
+            return "no client that could be chosen will ever be available again"
+        if self.queue.next_s > self.time_limit_s:
+            self.queue.now_s = self.time_limit_s
+            return f"the time limit of {self.time_limit_s:g} s is reached"
+        if self.losses >= MOST_LOSSES:
+            return f"{self.losses} jobs in a row were lost and nothing arrived"
+        return ""
 
     def state(self) -> dict[str, object]:
         """Return all that a checkpoint needs (see `restore`)."""
-        return {
-            "server": server_state(self.server),
-            "clock_s": self.queue.now_s,
-            "pending": self.queue.snapshot(),
-            "cohort": self.schedule.cohort,
-            "arrived": self.schedule.arrived,
-            "states": self.states,
-            "jobs": self.jobs,
-            "results": self.results,
-            "answered": self.answered,
-            "rejected": self._rejected,
-            "kept": {cid: self.store.get(cid) for cid in self.store.clients()},
-            "events": self._events,
-            "ledger": self._ledger,
-        }
+        return snapshot.taken(self)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that another loop of the same configuration returned."""
-        restore_server(self.server, state["server"])
-        self.queue = EventQueue(state["clock_s"], iter(state["pending"]))
-        self._rejected, self.answered = list(state["rejected"]), dict(state["answered"])
-        lost = len(self._rejected)
-        self.schedule = Sync(list(state["cohort"]), list(state["arrived"]), lost)
-        self.states = dict(state["states"])
-        self.jobs, self.results = dict(state["jobs"]), dict(state["results"])
-        self.store = MemoryStore(state["kept"])
-        self._events, self._ledger = list(state["events"]), list(state["ledger"])
+        snapshot.put_back(self, state)
 
-    def _begin(self) -> None:
-        """Sample a cohort and ask when each client is there."""
-        version, now = self.server.version, self.queue.now_s
-        stream = rng(self.seed, "cohort", version)
-        cohort = self.server.sample(self._pool, self.cohort_size, stream)
-        self.schedule.begin(cohort)
-        for cid in cohort:
-            window = self.world.window(cid, now)
-            if window is None:
-                continue
-            open_s, close_s = window
-            self.queue.push(Event(max(now, open_s), EventKind.WINDOW_OPEN, cid))
-            if math.isfinite(close_s):
-                self.queue.push(Event(close_s, EventKind.WINDOW_CLOSE, cid))
+    # who is sent for
+
+    def _fill(self) -> None:
+        """Send for the clients that the schedule wants now."""
+        if self.schedule.is_stream and not self.schedule.groups:
+            self._begin(0)
+        for order in self.schedule.orders(len(self.fleet)):
+            chosen = self.recruiter.recruit(order, self.queue.now_s)
+            if chosen and not self.schedule.is_stream:
+                self._begin(order.group, [one.cid for one in chosen])
+            self.fleet.call(chosen, order.group)
+
+    def _begin(self, group: int, asked: Sequence[ClientId] = ()) -> None:
+        """Open a group, and set its deadline."""
+        self.schedule.begin(group, asked)
+        if self.schedule.deadline_s is not None:
+            self.fleet.dispatched += 1
+            number, due_s = self.fleet.dispatched, self.queue.now_s + self.schedule.deadline_s
+            self.deadlines[group] = number, due_s
+            self.queue.push(due_s, EventKind.DEADLINE, NOBODY, number)
+
+    # what happens
 
     def _handle(self, event: Event) -> None:
-        match event.kind:
-            case EventKind.WINDOW_OPEN:
-                self._dispatch(event)
-            case EventKind.TRAINING_DONE:
-                self._enter(event, ClientState.UPLOADING)
-                nbytes = self.reception.transport.up_nbytes(self.client, self.jobs[event.cid])
-                upload_s = self.world.upload_s(event.cid, nbytes)
-                self._after(upload_s, EventKind.UPLOAD_DONE, event.cid)
-            case EventKind.UPLOAD_DONE:
-                self._arrive(event)
-            case EventKind.WINDOW_CLOSE:
-                self._enter(event, self.states.get(event.cid, ClientState.IDLE))
+        kind = event.kind
+        if kind is EventKind.DEADLINE:
+            self._deadline(event)
+        elif not self.fleet.is_current(event):
+            return
+        elif kind is EventKind.WINDOW_OPEN:
+            self.computation.begin(self.fleet.open(event, self._latest_s(event)))
+        elif kind is EventKind.TRAINING_DONE:
+            self.fleet.begin_upload(event)
+        elif kind is EventKind.UPLOAD_DONE:
+            self._arrive(event)
+        elif not self.fleet.pauses(event):
+            self._lose(self.fleet.flights[event.cid], _LOST_BY[kind], event)
 
-    def _dispatch(self, event: Event) -> None:
-        """Give a client of the cohort its job, and decide when it will be done."""
-        self._enter(event, ClientState.AVAILABLE)
-        cid = event.cid
-        for job in self.server.local_run([cid]):
-            self.jobs[cid] = self._complete(job)
-        self.server.contacts[cid] = self.server.version
-        job = self.jobs[cid]
-        down = self.reception.transport.down_nbytes(job.payload)
-        self._ledger.append(
-            {"round": self.server.version + 1, "client": cid, "down_bytes": down, "up_bytes": 0}
-        )
-        self.states[cid] = ClientState.TRAINING
-        busy_s = self.world.download_s(cid, down) + self.world.fit_s(cid, job.steps)
-        self._after(busy_s, EventKind.TRAINING_DONE, cid)
+    def _deadline(self, event: Event) -> None:
+        """Let a group wait no longer."""
+        for group, (number, _) in self.deadlines.items():
+            if number == event.job:
+                self.diary.event(event, self.server.version, None)
+                self.schedule.groups[group].is_due = self.is_stirred = True
 
-    def _complete(self, job: Job) -> Job:
-        """Fill in what the algorithm does not decide: seed, steps, learning rate, private state."""
-        rows = int(self.population.sizes[job.cid])
-        return replace(
-            job,
-            payload=self.reception.transport.send_down(job.payload, self.server),
-            seed=derive(self.seed, "job", job.cid, job.version),
-            steps=self.plan.steps(rows),
-            learning_rate=self.plan.learning_rate(job.version),
-            num_samples=rows,
-            state=self.store.get(job.cid),
-        )
+    def _latest_s(self, event: Event) -> float:
+        """Return when the update of a client that has come would be of no use any more."""
+        awaited = self.fleet.awaited.get(event.cid)
+        if awaited is None or self.schedule.is_stream:
+            return math.inf
+        return self.deadlines.get(awaited.group, (0, math.inf))[1]
 
     def _arrive(self, event: Event) -> None:
-        if event.cid not in self.results:
-            self._compute()
-        self._enter(event, ClientState.IDLE)
-        job = self.answered[event.cid] = self.jobs.pop(event.cid)
-        update, nbytes, reason = self.reception.receive(
-            self.results.pop(event.cid), job, self.client
-        )
-        row = next(row for row in reversed(self._ledger) if row["client"] == event.cid)
-        row["up_bytes"] = nbytes
+        """Take in an update that has arrived, if it can be used."""
+        self.is_stirred = True
+        flight = self.fleet.land(event)
+        row = flight.row(event.time_s, self.world, is_done=True)
+        lateness = row["staleness"] = self.server.version - flight.job.version
+        latest = self.schedule.max_staleness
+        if latest is not None and lateness > latest:
+            self.computation.drop(flight)
+            self._miss(flight, row, "stale")
+            return
+        room = self.schedule.room(flight.group)
+        result = self.computation.take(flight, self.fleet.flights.values(), room)
+        update, row["up_bytes"], reason = self.reception.receive(result, flight.job, self.client)
         if reason:
             # what the client keeps stays as it was: what it trained is not to be trusted
-            self._rejected.append({"client": event.cid, "reason": reason})
-            self.schedule.reject()
+            self.diary.reject(flight.cid, reason)
+            self._miss(flight, row, "rejected")
             return
-        self.store.put(event.cid, update.state)
-        self.schedule.receive(update)
+        self.losses = 0
+        self.store.put(flight.cid, update.state)
+        self.answered[flight.cid] = flight.job
+        self.schedule.receive(flight.group, update)
+        self.diary.end(row, self.server.version, "arrived")
 
-    def _compute(self) -> None:
-        """Run all dispatched jobs whose results are not known yet, together."""
-        waiting = [self.jobs[cid] for cid in sorted(self.jobs) if cid not in self.results]
-        begin = time.perf_counter()
-        for update in self.executor.run(waiting):
-            self.results[update.cid] = update
-        self._fit_s += time.perf_counter() - begin
+    def _miss(self, flight: Flight, row: dict[str, Any], outcome: str) -> None:
+        """Write down an update that has arrived for nothing."""
+        self.losses += 1
+        self.schedule.miss(flight.group)
+        self.diary.end(row, self.server.version, outcome)
 
-    def _aggregate(self) -> Round:
-        sent = self.schedule.parts(self.server)
+    def _lose(self, flight: Flight, outcome: str, event: Event | None = None) -> None:
+        """Give up a job."""
+        self.is_stirred = True
+        self.losses += 1
+        self.computation.drop(flight)
+        self.fleet.lose(flight, outcome, event)
+        self.schedule.miss(flight.group)
+
+    def _dismiss(self, outcome: str, group: int | None = None) -> None:
+        """Send clients home whose updates are of no use any more: a group's, or all."""
+        fleet, losses = self.fleet, self.losses
+        for cid, awaited in list(fleet.awaited.items()):
+            if group in (None, awaited.group):
+                del fleet.awaited[cid]
+        for flight in sorted(fleet.flights.values(), key=lambda flight: flight.cid):
+            if group in (None, flight.group):
+                self._lose(flight, outcome)
+        self.losses = losses
+
+    # what is made of it
+
+    def _aggregate(self, group: int | None, *, is_last: bool) -> Round:
+        """Make the next version of a group's updates, of which there may be none."""
+        schedule, version, now = self.schedule, self.server.version, self.queue.now_s
+        own = Group() if group is None else schedule.groups[group]
+        sent = [] if group is None else schedule.parts(group, self.server)
+        if group is not None and not schedule.is_stream:
+            self._dismiss("deadline" if own.is_due else "surplus", group)
+        if is_last:
+            self._dismiss("unfinished")
         begin = time.perf_counter()
-        # as many as were asked: a stage may ask everyone, and some methods one at a time
-        asked = len(self.schedule.cohort)
-        parts = self.reception.parts(sent, self.answered, self._rejected, asked)
-        self.server.apply(parts)
+        self.server.apply(self._parts(own, sent))
         middle = time.perf_counter()
         agg_error = aggregation_error(self.server, sent, self.answered)
+        for update in own.arrived:
+            del self.answered[update.cid]
+        if group is not None:
+            schedule.close(group)
+            self.deadlines.pop(group, None)
+        self.diary.note(now, "AGGREGATED", version)
         wall_s = {
-            "train": self._fit_s,
+            "train": self.computation.spent_s(),
             "aggregate": middle - begin,
             "agg_error": time.perf_counter() - middle,
         }
-        made = Round(
-            number=self.server.version,
-            time_s=self.queue.now_s,
+        return self.diary.closed(
+            number=version + 1,
+            time_s=now,
             updates=[part.update for part in sent],
-            rejected=sorted(self._rejected, key=lambda row: row["client"]),
             agg_error=agg_error,
-            ledger=sorted(self._ledger, key=lambda row: row["client"]),
-            events=self._events,
             wall_s=wall_s,
+            staleness=[version - part.update.version for part in sent],
+            in_flight=len(self.fleet.flights),
+            is_last=is_last,
+            ended=self.ended,
         )
-        self._events, self._ledger, self._rejected, self._fit_s = [], [], [], 0.0
-        self.answered = {}
-        self.schedule.begin([])
-        return made
 
-    def _after(self, delay_s: float, kind: EventKind, cid: ClientId) -> None:
-        self.queue.push(Event(self.queue.now_s + delay_s, kind, cid))
-
-    def _enter(self, event: Event, state: ClientState) -> None:
-        """Record an event and the state it leads to."""
-        if state is ClientState.IDLE:
-            self.states.pop(event.cid, None)
-        else:
-            self.states[event.cid] = state
-        self._events.append(
-            {
-                "time_s": event.time_s,
-                "event": event.kind.name,
-                "client": event.cid,
-                "round": self.server.version + 1,
-                "state": state.value,
-            }
-        )
+    def _parts(self, own: Group, sent: Sequence[Part]) -> Sequence[Part]:
+        """Return what the algorithm aggregates: checked, made private, in today's coordinates."""
+        rejected, asked = self.diary.rejected, len(own.asked) or len(sent)
+        if not sent and (not rejected or len(rejected) < asked):
+            return ()
+        jobs = {part.update.cid: self.answered[part.update.cid] for part in sent}
+        parts = self.reception.parts(sent, jobs, rejected, asked)
+        return fresh_parts(self.server, parts, jobs, is_change=self.schedule.takes_changes)

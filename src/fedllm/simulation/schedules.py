@@ -1,47 +1,222 @@
-"""When the server aggregates, and with which weights; how is the algorithm's business."""
+"""When the server aggregates, and with which weights; how is the algorithm's business.
+
+A schedule asks for clients in groups and says when a group is ready. The rounds of `Sync` are one
+group after another, tiers are several at a time, and in `Buffered` and `Async` one group is always
+open, into which the clients at work are counted anew after each aggregation.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 from fedllm.federation import BaseServer, ClientId, Part, Update
 
 
+class Order(NamedTuple):
+    """Clients that a schedule asks for."""
+
+    group: int
+    size: int
+
+
 @dataclass
-class Sync:
-    """Wait for the whole cohort; the weights of its updates sum to 1.
+class Group:
+    """Clients whose updates are aggregated together."""
 
-    The current global state enters an aggregation with the weight that is left over, which here
-    is none.
-    """
-
-    cohort: list[ClientId] = field(default_factory=list)
-    """Clients of this round, in the order of sampling."""
+    asked: list[ClientId] = field(default_factory=list)
+    """Who was sent for, in the order of sampling; empty in a stream, where nobody is asked once
+    for all."""
     arrived: list[Update] = field(default_factory=list)
-    rejected: int = 0
-    """How many updates of this round were rejected."""
+    missing: int = 0
+    """How many of those asked will not arrive, or were rejected."""
+    is_due: bool = False
+    """Whether its deadline has passed."""
 
-    def begin(self, cohort: Sequence[ClientId]) -> None:
-        """Start a round."""
-        self.cohort, self.arrived, self.rejected = list(cohort), [], 0
 
-    def receive(self, update: Update) -> None:
-        """Take an update that has arrived."""
-        self.arrived.append(update)
+@dataclass
+class Schedule(ABC):
+    """Groups of clients, and what becomes of their updates."""
 
-    def reject(self) -> None:
-        """Stop waiting for one update: it came, and is not to be aggregated."""
-        self.rejected += 1
+    takes_changes: ClassVar[bool] = False
+    """Whether a late update counts as a change of today's model, not as a model to be mixed in."""
+    is_in_order: ClassVar[bool] = False
+    """Whether clients are taken one after another, not drawn."""
+    is_stream: ClassVar[bool] = False
+    """Whether one group is always open, and clients work on beyond an aggregation."""
+
+    groups: dict[int, Group] = field(default_factory=dict)
+    """Those that are open."""
+    made: dict[int, int] = field(default_factory=dict)
+    """How many aggregations each group has made."""
+    walked: int = 0
+    """How many clients have been passed in order."""
+    is_reshuffled: bool = False
+    """Whether that order is drawn anew when it is through."""
+    tiers: int = 1
+    """Of clients that are equally fast; a group belongs to each."""
 
     @property
-    def is_ready(self) -> bool:
-        """Whether the server can aggregate."""
-        return bool(self.cohort) and len(self.arrived) + self.rejected == len(self.cohort)
+    def deadline_s(self) -> float | None:
+        """Virtual seconds after which a group is aggregated with what there is."""
+        return None
 
-    def parts(self, server: BaseServer) -> list[Part]:
+    @property
+    def max_staleness(self) -> int | None:
+        """How many versions late an update may be."""
+        return None
+
+    @abstractmethod
+    def orders(self, busy: int) -> list[Order]:
+        """Return how many clients each group wants now, `busy` being at work or waited for."""
+
+    @abstractmethod
+    def is_ready(self, group: int) -> bool:
+        """Tell whether the server can aggregate a group."""
+
+    @abstractmethod
+    def weights(self, group: int, server: BaseServer, updates: Sequence[Update]) -> list[float]:
+        """Return the weight of each update; the rest of 1 is today's model's."""
+
+    def stream_name(self, group: int, version: int, dispatched: int) -> tuple[str | int, ...]:
+        """Return the name of the random stream that draws the clients of an order."""
+        return ("cohort", version)
+
+    def room(self, group: int) -> int | None:
+        """Return how many more updates a group can use; None for any number."""
+        return None
+
+    @property
+    def ready(self) -> int | None:
+        """The first group that the server can aggregate."""
+        return next((group for group in self.groups if self.is_ready(group)), None)
+
+    def begin(self, group: int, asked: Sequence[ClientId] = ()) -> None:
+        """Open a group."""
+        self.groups[group] = Group(list(asked))
+
+    def receive(self, group: int, update: Update) -> None:
+        """Take an update that has arrived."""
+        self.groups[group].arrived.append(update)
+
+    def miss(self, group: int) -> None:
+        """Stop waiting for one client."""
+        self.groups[group].missing += 1
+
+    def parts(self, group: int, server: BaseServer) -> list[Part]:
         """Return the updates with their weights, in an order that no arrival time changes."""
-        updates = sorted(self.arrived, key=lambda update: update.cid)
-        weights = [server.weight(update) for update in updates]
-        total = sum(weights) or 1.0
-        return [Part(w / total, update) for w, update in zip(weights, updates, strict=True)]
+        updates = sorted(self.groups[group].arrived, key=lambda update: update.cid)
+        weights = self.weights(group, server, updates) if updates else []
+        return [Part(weight, update) for weight, update in zip(weights, updates, strict=True)]
+
+    def close(self, group: int) -> None:
+        """End a group that has been aggregated."""
+        self.made[group] = self.made.get(group, 0) + 1
+        del self.groups[group]
+
+
+@dataclass
+class Sync(Schedule):
+    """Wait for the whole cohort, for the first of more than were needed, or until a deadline."""
+
+    cohort_size: int = 1
+    over_selection: float = 1.0
+    min_updates: int = 1
+    wait_s: float | None = None
+
+    @property
+    def deadline_s(self) -> float | None:
+        """As set."""
+        return self.wait_s
+
+    def orders(self, busy: int) -> list[Order]:
+        """Ask for a cohort when there is none."""
+        return [] if self.groups else [Order(0, math.ceil(self.cohort_size * self.over_selection))]
+
+    def stream_name(self, group: int, version: int, dispatched: int) -> tuple[str | int, ...]:
+        """Return the name of the random stream that draws the clients of an order."""
+        return ("cohort", version)
+
+    def room(self, group: int) -> int | None:
+        """Return what is left of the cohort."""
+        return self._wanted(group) - len(self.groups[group].arrived)
+
+    def is_ready(self, group: int) -> bool:
+        """Tell whether enough have arrived, or no more will."""
+        own = self.groups[group]
+        return (
+            own.is_due
+            or len(own.arrived) >= self._wanted(group)
+            or len(own.arrived) + own.missing >= len(own.asked)
+        )
+
+    def weights(self, group: int, server: BaseServer, updates: Sequence[Update]) -> list[float]:
+        """Weigh by the server's weights, which are made to sum to 1."""
+        return shares(server, updates)
+
+    def parts(self, group: int, server: BaseServer) -> list[Part]:
+        """Return nothing where too few have arrived."""
+        found = super().parts(group, server)
+        return found if len(found) >= self.min_updates else []
+
+    def _wanted(self, group: int) -> int:
+        # some algorithms ask for everyone, or for one, whatever the size of cohorts
+        return max(round(len(self.groups[group].asked) / self.over_selection), 1)
+
+
+@dataclass
+class Sequential(Sync):
+    """One client after another: rounds of one, taken from an order of all clients."""
+
+    is_in_order: ClassVar[bool] = True
+
+
+@dataclass
+class SemiSync(Schedule):
+    """Tiers of equally fast clients, each with rounds of its own."""
+
+    takes_changes: ClassVar[bool] = True
+
+    cohort_size: int = 2
+    is_slow_first: bool = False
+
+    def stream_name(self, group: int, version: int, dispatched: int) -> tuple[str | int, ...]:
+        """Tiers may ask at the same version."""
+        return ("cohort", version, "tier", group)
+
+    def orders(self, busy: int) -> list[Order]:
+        """Ask for a cohort for each tier that has none."""
+        sizes = [self.cohort_size // self.tiers] * self.tiers
+        for tier in range(self.cohort_size % self.tiers):
+            sizes[tier] += 1
+        return [
+            Order(tier, max(size, 1)) for tier, size in enumerate(sizes) if tier not in self.groups
+        ]
+
+    def is_ready(self, group: int) -> bool:
+        """Tell whether the tier's cohort is complete."""
+        own = self.groups[group]
+        return len(own.arrived) + own.missing >= len(own.asked)
+
+    def weights(self, group: int, server: BaseServer, updates: Sequence[Update]) -> list[float]:
+        """Divide the tier's weight among its updates."""
+        own = self._tier_weight(group)
+        return [own * share for share in shares(server, updates)]
+
+    def _tier_weight(self, tier: int) -> float:
+        """Return 1 / tiers, or the share of updates that the tier opposite in speed has made."""
+        counts = [self.made.get(other, 0) for other in range(self.tiers)]
+        if not self.is_slow_first or not sum(counts):
+            return 1.0 / self.tiers
+        # one more each, so that a tier whose opposite has never made an update counts, too
+        return (counts[self.tiers - 1 - tier] + 1) / (sum(counts) + self.tiers)
+
+
+def shares(server: BaseServer, updates: Sequence[Update]) -> list[float]:
+    """Return the server's weights of updates, made to sum to 1."""
+    weights = [server.weight(update) for update in updates]
+    total = sum(weights) or 1.0
+    return [weight / total for weight in weights]

@@ -8,7 +8,7 @@ from fedllm.system.ranks import (
     apportion,
     rank_rule,
 )
-from fedllm.system.world import Ideal, World
+from fedllm.system.world import Ideal, Work, World
 
 __all__ = [
     "Ideal",
@@ -16,6 +16,7 @@ __all__ = [
     "RankRule",
     "TierRule",
     "WeightedRule",
+    "Work",
     "World",
     "apportion",
     "rank_rule",

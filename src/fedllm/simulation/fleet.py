@@ -1,0 +1,252 @@
+"""Dispatched clients in virtual time: what each does next, and what may come between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from fedllm.federation import BaseClient, BaseServer, ClientId, Job, MemoryStore, Plan
+from fedllm.federation.transport import Transport
+from fedllm.seeding import derive
+from fedllm.simulation.events import ClientState, Event, EventKind, EventQueue
+from fedllm.simulation.flights import Awaited, Flight, fitting_job
+from fedllm.simulation.population import Population
+from fedllm.simulation.record import Diary
+from fedllm.simulation.selection import Chosen
+from fedllm.system import World
+
+AtWindowClose = Literal["discard", "partial", "pause"]
+Transfer = Callable[[ClientId, int, float, int], float]
+
+
+@dataclass
+class Fleet:
+    """The clients that were chosen: those who are waited for, and those at work.
+
+    Every one of them has exactly one pending event: its window opening, or the first of being done
+    with what it does, leaving, and its window closing.
+    """
+
+    server: BaseServer
+    client: BaseClient
+    world: World
+    plan: Plan
+    population: Population
+    transport: Transport
+    seed: int
+    at_window_close: AtWindowClose
+    queue: EventQueue
+    diary: Diary
+    store: MemoryStore
+    awaited: dict[ClientId, Awaited] = field(default_factory=dict)
+    flights: dict[ClientId, Flight] = field(default_factory=dict)
+    dispatched: int = 0
+    """Clients chosen so far; numbers the jobs."""
+    cells: dict[int, list[float]] = field(default_factory=dict)
+    """Cell to the ends of the transfers that go on in it."""
+
+    def __len__(self) -> int:
+        return len(self.awaited) + len(self.flights)
+
+    def __contains__(self, cid: ClientId) -> bool:
+        return cid in self.flights or cid in self.awaited
+
+    def counts(self) -> dict[str, int]:
+        """Return how many clients do what; all others are idle."""
+        counts = {"waiting": len(self.awaited), "training": 0, "uploading": 0, "paused": 0}
+        for flight in list(self.flights.values()):  # another thread may ask
+            counts["paused" if flight.is_paused else flight.phase.value] += 1
+        return counts
+
+    def call(self, chosen: Iterable[Chosen], group: int) -> None:
+        """Wait for clients; who is inside a window comes at once."""
+        now, push = self.queue.now_s, self.queue.push
+        for cid, open_s, close_s in chosen:
+            self.dispatched += 1
+            self.awaited[cid] = Awaited(self.dispatched, group, close_s)
+            push(max(now, open_s), EventKind.WINDOW_OPEN, cid, self.dispatched)
+
+    def is_current(self, event: Event) -> bool:
+        """Tell whether the job that an event belongs to is still there."""
+        own = self.flights.get(event.cid) or self.awaited.get(event.cid)
+        return own is not None and own.number == event.job
+
+    def open(self, event: Event, deadline_s: float) -> Flight:
+        """Give a client that has come its job, or let a paused one go on.
+
+        Args:
+            event: The opening.
+            deadline_s: Virtual time after which an arrival is of no use.
+        """
+        now, paused = event.time_s, self.flights.get(event.cid)
+        if paused is not None:
+            window = self.world.window(event.cid, now)
+            paused.resume(now, math.inf if window is None else window[1])
+            self._write(event, paused.phase, until_s=_known(paused.close_s))
+            self._push_next(paused)
+            return paused
+        awaited = self.awaited.pop(event.cid)
+        self._write(event, ClientState.AVAILABLE, until_s=_known(awaited.close_s))
+        flight = self._take_off(event.cid, awaited)
+        trained = now + flight.download_s + flight.train_s
+        upload_s = self.world.upload_s(event.cid, flight.up_bytes, trained, 1)
+        busy_s = flight.download_s + flight.train_s + upload_s
+        flight.expected_s = trained + upload_s
+        flight.leaves_after_s = self.world.drops_after_s(event.cid, flight.number, busy_s)
+        is_cut = self.at_window_close != "pause" and flight.expected_s > flight.close_s
+        is_late = flight.expected_s > deadline_s
+        flight.is_doomed = is_cut or is_late or busy_s > flight.leaves_after_s
+        self._push_next(flight)
+        return flight
+
+    def _take_off(self, cid: ClientId, awaited: Awaited) -> Flight:
+        """Make the job, and work out how long it takes."""
+        now, close_s = self.queue.now_s, awaited.close_s
+        job = self._complete(next(iter(self.server.local_run([cid]))))
+        known_before = self.server.contacts.get(cid)
+        self.server.contacts[cid] = self.server.version
+        down_bytes = self.transport.down_nbytes(job.payload)
+        up_bytes = self.transport.up_nbytes(self.client, job)
+        download_s = self._transfer(self.world.download_s, cid, down_bytes)
+        if self.at_window_close == "partial" and close_s < math.inf:
+
+            def is_in_time(steps: int) -> bool:
+                trained = now + download_s + self._fit_s(replace(job, steps=steps))
+                return trained + self.world.upload_s(cid, up_bytes, trained, 1) <= close_s
+
+            job = fitting_job(job, is_in_time)
+        train_s = self._fit_s(job)
+        flight = Flight(
+            job=job,
+            number=awaited.number,
+            group=awaited.group,
+            began_s=now,
+            since_s=now,
+            close_s=close_s,
+            download_s=download_s,
+            train_s=train_s,
+            left_s=download_s + train_s,
+            down_bytes=down_bytes,
+            up_bytes=up_bytes,
+            known_before=known_before,
+        )
+        self.flights[cid] = flight
+        return flight
+
+    def begin_upload(self, event: Event) -> None:
+        """Let a client that has trained send its update."""
+        flight = self.flights[event.cid]
+        upload_s = self._transfer(self.world.upload_s, event.cid, flight.up_bytes)
+        flight.begin_upload(event.time_s, upload_s)
+        self._write(event, ClientState.UPLOADING)
+        kind = self._push_next(flight)
+        if kind is EventKind.DROPOUT or (
+            kind is EventKind.WINDOW_CLOSE and self.at_window_close != "pause"
+        ):
+            flight.is_doomed = True
+
+    def land(self, event: Event) -> Flight:
+        """Take in a client that is done."""
+        self._write(event, ClientState.IDLE)
+        return self.flights.pop(event.cid)
+
+    def pauses(self, event: Event) -> bool:
+        """Pause a client whose window closes, if it is to go on in its next one; tell so."""
+        if event.kind is not EventKind.WINDOW_CLOSE or self.at_window_close != "pause":
+            return False
+        window = self.world.window(event.cid, event.time_s)
+        if window is None:
+            return False
+        flight = self.flights[event.cid]
+        flight.pause(event.time_s)
+        self._write(event, ClientState.IDLE)
+        open_s = max(window[0], event.time_s)
+        self.queue.push(open_s, EventKind.WINDOW_OPEN, event.cid, flight.number)
+        return True
+
+    def lose(self, flight: Flight, outcome: str, event: Event | None = None) -> None:
+        """Take a client out whose job comes to nothing.
+
+        What it has trained is gone; what it has received, it holds.
+
+        Args:
+            flight: The client.
+            outcome: Why, as the ledger tells it.
+            event: What it is lost by; none if the server needs it no more.
+        """
+        now, version = self.queue.now_s, self.server.version
+        del self.flights[flight.cid]
+        if event is not None:
+            self._write(event, ClientState.IDLE, outcome=outcome)
+        else:
+            where = (flight.cid, flight.number, ClientState.IDLE)
+            self.diary.note(now, "CANCELLED", version, *where, outcome=outcome)
+        if flight.worked_s(now) < flight.download_s:
+            if flight.known_before is None:
+                self.server.contacts.pop(flight.cid, None)
+            else:
+                self.server.contacts[flight.cid] = flight.known_before
+        self.diary.end(flight.row(now, self.world, is_done=False), version, outcome)
+
+    def pace_s(self, cid: ClientId) -> float:
+        """Return about how long a client takes for a job, for comparing clients."""
+        payload = self.server.view()
+        job, nbytes = self._complete(Job(cid, payload), is_sent=False), payload.adapter.nbytes
+        moved = self.world.download_s(cid, nbytes, 0.0, 1) + self.world.upload_s(
+            cid, nbytes, 0.0, 1
+        )
+        return self._fit_s(job) + moved
+
+    def _complete(self, job: Job, *, is_sent: bool = True) -> Job:
+        """Fill in what the algorithm does not decide: seed, steps, learning rate, private state."""
+        cid, payload, version = job.cid, job.payload, job.version
+        rows = int(self.population.sizes[cid])
+        return Job(
+            cid=cid,
+            payload=self.transport.send_down(payload, self.server) if is_sent else payload,
+            stage=job.stage,
+            seed=derive(self.seed, "job", cid, version),
+            steps=self.plan.steps(rows),
+            learning_rate=self.plan.learning_rate(version),
+            num_samples=rows,
+            state=self.store.get(cid),
+            settings=job.settings,
+        )
+
+    def _fit_s(self, job: Job) -> float:
+        rank = self.server.ranks.of(job.cid)
+        work = self.population.work(job, self.client, self.plan, rank)
+        return self.world.fit_s(job.cid, work)
+
+    def _transfer(self, seconds_of: Transfer, cid: ClientId, nbytes: int) -> float:
+        """Begin a transfer, with the share of its cell that there now is."""
+        now, cell = self.queue.now_s, self.world.cell(cid)
+        if cell is None:
+            return seconds_of(cid, nbytes, now, 1)
+        going = [end_s for end_s in self.cells.get(cell, ()) if end_s > now]
+        seconds = seconds_of(cid, nbytes, now, len(going) + 1)
+        self.cells[cell] = [*going, now + seconds]
+        return seconds
+
+    def _push_next(self, flight: Flight) -> EventKind:
+        """Add the next event of a client at work, and return its kind."""
+        is_training = flight.phase is ClientState.TRAINING
+        kind = EventKind.TRAINING_DONE if is_training else EventKind.UPLOAD_DONE
+        at_s = flight.since_s + flight.left_s
+        leaves_s = flight.since_s + (flight.leaves_after_s - flight.done_s)
+        if leaves_s < at_s:
+            kind, at_s = EventKind.DROPOUT, leaves_s
+        if flight.close_s < at_s:
+            kind, at_s = EventKind.WINDOW_CLOSE, flight.close_s
+        self.queue.push(at_s, kind, flight.cid, flight.number)
+        return kind
+
+    def _write(self, event: Event, state: ClientState, **more: Any) -> None:
+        self.diary.event(event, self.server.version, state, **more)
+
+
+def _known(time_s: float) -> float | None:
+    """Return a time as a record has it: null for never."""
+    return time_s if time_s < math.inf else None

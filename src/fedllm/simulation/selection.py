@@ -1,0 +1,124 @@
+"""Who is sent for: drawn among all clients, and by default only among those who are there.
+
+Nobody is listed: a draw is asked for its windows, and drawn again where it is absent. So a cohort
+costs what its size is, whatever the population.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from fedllm.federation import BaseServer, ClientId
+from fedllm.seeding import rng
+from fedllm.system import World
+
+MOST_DRAWS = 32
+"""How often is drawn again for those still lacking."""
+_FEWEST = 16
+"""Clients in a second or later draw."""
+
+
+class Chosen(NamedTuple):
+    """A client that is sent for, and the window that it comes in."""
+
+    cid: ClientId
+    open_s: float
+    close_s: float
+
+
+@dataclass
+class Selection:
+    """How clients are chosen.
+
+    Of `available`, those inside a window are taken, in the order of drawing. Where too few of
+    `MOST_DRAWS` draws are, those of them whose windows open next are waited for. Of `any`, the
+    first draw is taken as it is and waited for.
+    """
+
+    world: World
+    pool: Sequence[ClientId]
+    policy: Literal["available", "any"] = "available"
+    seed: int = 0
+    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
+    """The last cycle that was walked through, and its order."""
+
+    def choose(
+        self,
+        server: BaseServer,
+        count: int,
+        now_s: float,
+        stream: Callable[[int], np.random.Generator],
+        is_free: Callable[[ClientId], bool] | None = None,
+    ) -> list[Chosen]:
+        """Return clients with their windows, in the order in which they were drawn.
+
+        They are less than `count` where so many are not free or will never come again; some
+        servers sample another number.
+
+        Args:
+            server: Says how it samples.
+            count: How many are wanted.
+            now_s: Virtual time.
+            stream: Number of the draw to its random stream.
+            is_free: Tells who may be chosen; absent: everyone.
+        """
+        drawn = server.sample(self.pool, count, stream(0))
+        # a stage may ask everyone, and some methods have an order of their own
+        is_repeated = server.is_random_cohort and len(drawn) == count < len(self.pool)
+        # who is drawn of `any` must not depend on who is there
+        is_repeated &= self.policy != "any" or is_free is not None
+        there, absent, seen = list[Chosen](), list[Chosen](), set[ClientId]()
+        for draw in range(1, MOST_DRAWS + 1):
+            fresh = [cid for cid in drawn if cid not in seen]
+            seen.update(fresh)
+            for chosen in self._asked(fresh, now_s, is_free):
+                is_there = self.policy == "any" or chosen.open_s <= now_s
+                (there if is_there else absent).append(chosen)
+            if not is_repeated or len(there) >= count or draw == MOST_DRAWS:
+                break
+            drawn = server.sample(self.pool, max(count - len(there), _FEWEST), stream(draw))
+        if not is_repeated:
+            return [*there, *absent]
+        # whoever comes next; among equals, whoever was drawn first
+        absent.sort(key=lambda chosen: chosen.open_s)
+        return [*there, *absent][:count]
+
+    def walk(self, walked: int, now_s: float, is_reshuffled: bool) -> tuple[int, list[Chosen]]:
+        """Return the next client of an order of all, whoever will never come being passed over.
+
+        Args:
+            walked: How many clients have been passed.
+            now_s: Virtual time.
+            is_reshuffled: Draw a new order when all have had their turn.
+
+        Returns:
+            How many have been passed then, and the client; none if `MOST_DRAWS` will never come.
+        """
+        for place in range(walked, walked + MOST_DRAWS):
+            cycle, index = divmod(place, len(self.pool))
+            cycle = cycle if is_reshuffled else 0
+            if self._order is None or self._order[0] != cycle:
+                stream = rng(self.seed, "sequence", cycle)
+                self._order = cycle, stream.permutation(len(self.pool))
+            cid = self.pool[int(self._order[1][index])]
+            if chosen := list(self._asked([cid], now_s, None)):
+                return place + 1, chosen
+        return walked, []
+
+    def _asked(
+        self,
+        cids: Sequence[ClientId],
+        now_s: float,
+        is_free: Callable[[ClientId], bool] | None,
+    ) -> Iterator[Chosen]:
+        """Yield those who may be chosen and will come, with their windows."""
+        window = self.world.window
+        for cid in cids:
+            if is_free is None or is_free(cid):
+                found = window(cid, now_s)
+                if found is not None:
+                    yield Chosen(cid, *found)
