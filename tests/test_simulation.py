@@ -46,7 +46,7 @@ def test_time_never_runs_back_however_pushes_and_pops_mix(acts: list) -> None:
         if act is not None:
             queue.push(queue.now_s + act[0], act[1], 0)
         elif len(queue):
-            assert queue.next_s == queue.pop().time_s == queue.now_s
+            assert queue.pending[0].time_s == queue.pop().time_s == queue.now_s
             seen.append(queue.now_s)
     assert seen == sorted(seen)
 

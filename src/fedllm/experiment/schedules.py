@@ -37,7 +37,7 @@ def schedule_of(federation: FederationConfig) -> Schedule:
                 cohort_size=cohort_size, tiers=config.tiers, is_slow_first=is_slow_first
             )
         case SequentialSchedule():
-            return Sequential(wait_s=config.deadline_s)
+            return Sequential(wait_s=config.deadline_s, is_reshuffled=config.reshuffle)
     return Sync(
         cohort_size=cohort_size,
         over_selection=config.over_selection,

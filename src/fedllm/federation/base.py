@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_head, is_note, layer_of
 from fedllm.adapters.wire_formats import AS_IS, WireCodec
@@ -30,7 +30,7 @@ def _no_weights(layer: str) -> Tensor:
 
 
 @functools.cache
-def _setting_names(kind: Any) -> tuple[str, ...]:
+def _setting_names(kind: type[BaseServer]) -> tuple[str, ...]:
     return tuple(f.name for f in fields(kind) if f.init)
 
 
@@ -116,7 +116,7 @@ class BaseServer:
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Say what each client of the cohort does: one job from its download."""
-        settings = {name: getattr(self, name) for name in _setting_names(type(self))}
+        settings = {name: getattr(self, name) for name in _setting_names(cast("Any", type(self)))}
         for cid in cohort:
             yield Job(cid=cid, payload=self.download(cid), stage=self.stage, settings=settings)
 

@@ -72,17 +72,13 @@ class EventQueue:
 
     def __init__(self, now_s: float = 0.0, pending: Iterable[Event] = ()) -> None:
         self.now_s = now_s
-        self._heap = list(pending)
-        heapq.heapify(self._heap)
-        self._pushed = max((event.number for event in self._heap), default=-1) + 1
+        self.pending = list(pending)
+        """The heap: the next event first."""
+        heapq.heapify(self.pending)
+        self._pushed = max((event.number for event in self.pending), default=-1) + 1
 
     def __len__(self) -> int:
-        return len(self._heap)
-
-    @property
-    def next_s(self) -> float:
-        """Virtual time of the next event; there must be one."""
-        return self._heap[0][0]
+        return len(self.pending)
 
     def push(self, time_s: float, kind: EventKind, cid: int, job: int = 0) -> None:
         """Add an event.
@@ -94,15 +90,15 @@ class EventQueue:
             raise ValueError(
                 f"{kind.name} of client {cid} at {time_s} s lies before the present, {self.now_s} s"
             )
-        heapq.heappush(self._heap, Event(time_s, kind, self._pushed, cid, job))
+        heapq.heappush(self.pending, Event(time_s, kind, self._pushed, cid, job))
         self._pushed += 1
 
     def pop(self) -> Event:
         """Remove the next event and set the clock to it."""
-        event = heapq.heappop(self._heap)
+        event = heapq.heappop(self.pending)
         self.now_s = event[0]
         return event
 
     def snapshot(self) -> list[Event]:
         """Return the pending events in their order."""
-        return sorted(self._heap)
+        return sorted(self.pending)

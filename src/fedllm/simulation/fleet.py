@@ -18,6 +18,10 @@ from fedllm.simulation.selection import Chosen
 from fedllm.system import World
 
 AtWindowClose = Literal["discard", "partial", "pause"]
+_NAMES = [kind.name for kind in EventKind]
+_IDLE, _AVAILABLE, _UPLOADING = (
+    state.value for state in (ClientState.IDLE, ClientState.AVAILABLE, ClientState.UPLOADING)
+)
 Transfer = Callable[[ClientId, int, float, int], float]
 
 
@@ -68,40 +72,41 @@ class Fleet:
             self.awaited[cid] = Awaited(self.dispatched, group, close_s)
             push(max(now, open_s), EventKind.WINDOW_OPEN, cid, self.dispatched)
 
-    def is_current(self, event: Event) -> bool:
-        """Tell whether the job that an event belongs to is still there."""
-        own = self.flights.get(event.cid) or self.awaited.get(event.cid)
-        return own is not None and own.number == event.job
+    def is_awaited(self, event: Event) -> bool:
+        """Tell whether an event is the coming of a client that is still waited for."""
+        awaited = self.awaited.get(event.cid)
+        return awaited is not None and awaited.number == event.job
 
-    def open(self, event: Event, deadline_s: float) -> Flight:
-        """Give a client that has come its job, or let a paused one go on.
+    def take_off(self, event: Event, latest_s: float) -> Flight:
+        """Give a client that has come its job.
 
         Args:
-            event: The opening.
-            deadline_s: Virtual time after which an arrival is of no use.
+            event: The opening of its window.
+            latest_s: Virtual time after which an arrival is of no use.
         """
-        now, paused = event.time_s, self.flights.get(event.cid)
-        if paused is not None:
-            window = self.world.window(event.cid, now)
-            paused.resume(now, math.inf if window is None else window[1])
-            self._write(event, paused.phase, until_s=_known(paused.close_s))
-            self._push_next(paused)
-            return paused
-        awaited = self.awaited.pop(event.cid)
-        self._write(event, ClientState.AVAILABLE, until_s=_known(awaited.close_s))
-        flight = self._take_off(event.cid, awaited)
-        trained = now + flight.download_s + flight.train_s
-        upload_s = self.world.upload_s(event.cid, flight.up_bytes, trained, 1)
-        busy_s = flight.download_s + flight.train_s + upload_s
+        now, cid = event.time_s, event.cid
+        awaited = self.awaited.pop(cid)
+        self._write(event, _AVAILABLE)["until_s"] = _known(awaited.close_s)
+        flight = self._prepare(cid, awaited)
+        trained = now + flight.left_s
+        upload_s = self.world.upload_s(cid, flight.up_bytes, trained, 1)
+        busy_s = flight.left_s + upload_s
         flight.expected_s = trained + upload_s
-        flight.leaves_after_s = self.world.drops_after_s(event.cid, flight.number, busy_s)
+        flight.leaves_after_s = self.world.drops_after_s(cid, flight.number, busy_s)
         is_cut = self.at_window_close != "pause" and flight.expected_s > flight.close_s
-        is_late = flight.expected_s > deadline_s
+        is_late = flight.expected_s > latest_s
         flight.is_doomed = is_cut or is_late or busy_s > flight.leaves_after_s
         self._push_next(flight)
         return flight
 
-    def _take_off(self, cid: ClientId, awaited: Awaited) -> Flight:
+    def resume(self, event: Event, flight: Flight) -> None:
+        """Let a client that was paused go on."""
+        window = self.world.window(event.cid, event.time_s)
+        flight.resume(event.time_s, math.inf if window is None else window[1])
+        self._write(event, flight.phase.value)["until_s"] = _known(flight.close_s)
+        self._push_next(flight)
+
+    def _prepare(self, cid: ClientId, awaited: Awaited) -> Flight:
         """Make the job, and work out how long it takes."""
         now, close_s = self.queue.now_s, awaited.close_s
         job = self._complete(next(iter(self.server.local_run([cid]))))
@@ -135,33 +140,31 @@ class Fleet:
         self.flights[cid] = flight
         return flight
 
-    def begin_upload(self, event: Event) -> None:
+    def begin_upload(self, event: Event, flight: Flight) -> None:
         """Let a client that has trained send its update."""
-        flight = self.flights[event.cid]
         upload_s = self._transfer(self.world.upload_s, event.cid, flight.up_bytes)
         flight.begin_upload(event.time_s, upload_s)
-        self._write(event, ClientState.UPLOADING)
+        self._write(event, _UPLOADING)
         kind = self._push_next(flight)
         if kind is EventKind.DROPOUT or (
             kind is EventKind.WINDOW_CLOSE and self.at_window_close != "pause"
         ):
             flight.is_doomed = True
 
-    def land(self, event: Event) -> Flight:
+    def land(self, event: Event) -> None:
         """Take in a client that is done."""
-        self._write(event, ClientState.IDLE)
-        return self.flights.pop(event.cid)
+        self._write(event, _IDLE)
+        del self.flights[event.cid]
 
-    def pauses(self, event: Event) -> bool:
+    def pauses(self, event: Event, flight: Flight) -> bool:
         """Pause a client whose window closes, if it is to go on in its next one; tell so."""
         if event.kind is not EventKind.WINDOW_CLOSE or self.at_window_close != "pause":
             return False
         window = self.world.window(event.cid, event.time_s)
         if window is None:
             return False
-        flight = self.flights[event.cid]
         flight.pause(event.time_s)
-        self._write(event, ClientState.IDLE)
+        self._write(event, _IDLE)
         open_s = max(window[0], event.time_s)
         self.queue.push(open_s, EventKind.WINDOW_OPEN, event.cid, flight.number)
         return True
@@ -178,11 +181,9 @@ class Fleet:
         """
         now, version = self.queue.now_s, self.server.version
         del self.flights[flight.cid]
-        if event is not None:
-            self._write(event, ClientState.IDLE, outcome=outcome)
-        else:
-            where = (flight.cid, flight.number, ClientState.IDLE)
-            self.diary.note(now, "CANCELLED", version, *where, outcome=outcome)
+        name = "CANCELLED" if event is None else event.kind.name
+        line = self.diary.note(now, name, version, flight.cid, flight.number, _IDLE)
+        line["outcome"] = outcome
         if flight.worked_s(now) < flight.download_s:
             if flight.known_before is None:
                 self.server.contacts.pop(flight.cid, None)
@@ -234,17 +235,17 @@ class Fleet:
         """Add the next event of a client at work, and return its kind."""
         is_training = flight.phase is ClientState.TRAINING
         kind = EventKind.TRAINING_DONE if is_training else EventKind.UPLOAD_DONE
-        at_s = flight.since_s + flight.left_s
-        leaves_s = flight.since_s + (flight.leaves_after_s - flight.done_s)
-        if leaves_s < at_s:
-            kind, at_s = EventKind.DROPOUT, leaves_s
+        since_s, at_s = flight.since_s, flight.since_s + flight.left_s
+        if since_s + (flight.leaves_after_s - flight.done_s) < at_s:
+            kind, at_s = EventKind.DROPOUT, since_s + (flight.leaves_after_s - flight.done_s)
         if flight.close_s < at_s:
             kind, at_s = EventKind.WINDOW_CLOSE, flight.close_s
-        self.queue.push(at_s, kind, flight.cid, flight.number)
+        self.queue.push(at_s, kind, flight.job.cid, flight.number)
         return kind
 
-    def _write(self, event: Event, state: ClientState, **more: Any) -> None:
-        self.diary.event(event, self.server.version, state, **more)
+    def _write(self, event: Event, state: str) -> dict[str, Any]:
+        time_s, kind, _, cid, job = event
+        return self.diary.note(time_s, _NAMES[kind], self.server.version, cid, job, state)
 
 
 def _known(time_s: float) -> float | None:

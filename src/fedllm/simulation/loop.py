@@ -92,6 +92,7 @@ class Loop:
         """Jobs lost since the last arrival."""
         self.ended = ""
         """Why the run has ended before its last round."""
+        self._rounds = 0
         self.is_stirred = True
         """Whether something has happened that the schedule may act on."""
         selection = Selection(self.world, self.population.pool(), self.selection, self.seed)
@@ -103,29 +104,29 @@ class Loop:
         Where nobody will come any more, nothing arrives any more, or time is up, the run ends
         before, with an empty round that says why.
         """
+        self._rounds = rounds
+        pending, limit_s = self.queue.pending, self.time_limit_s
         while self.server.version < rounds and not self.ended:
-            if self.is_stirred or not len(self.queue):
-                self.is_stirred = False
-                self._fill()
-                ready = self.schedule.ready
-                if ready is not None:
-                    self.is_stirred = True
-                    yield self._aggregate(ready, is_last=self.server.version + 1 == rounds)
-                    continue
-            why = self._end()
-            if why:
-                self.ended = why
+            ready = self.schedule.ready
+            if ready is not None:
+                yield self._aggregate(ready, is_last=self.server.version + 1 == rounds)
+                continue
+            self.is_stirred = False
+            self._fill()
+            self.ended = self._end()
+            while pending and not (self.is_stirred or self.ended):
+                if pending[0].time_s > limit_s:
+                    self.queue.now_s = limit_s
+                    self.ended = f"the time limit of {limit_s:g} s is reached"
+                else:
+                    self._handle(self.queue.pop())
+            if self.ended:
                 yield self._aggregate(None, is_last=True)
-            else:
-                self._handle(self.queue.pop())
 
     def _end(self) -> str:
         """Say why the run ends here; empty if it goes on."""
-        if not len(self.queue):
+        if not self.queue:
             return "no client that could be chosen will ever be available again"
-        if self.queue.next_s > self.time_limit_s:
-            self.queue.now_s = self.time_limit_s
-            return f"the time limit of {self.time_limit_s:g} s is reached"
         if self.losses >= MOST_LOSSES:
             return f"{self.losses} jobs in a row were lost and nothing arrived"
         return ""
@@ -162,38 +163,39 @@ class Loop:
     # what happens
 
     def _handle(self, event: Event) -> None:
-        kind = event.kind
-        if kind is EventKind.DEADLINE:
-            self._deadline(event)
-        elif not self.fleet.is_current(event):
-            return
-        elif kind is EventKind.WINDOW_OPEN:
-            self.computation.begin(self.fleet.open(event, self._latest_s(event)))
+        kind, cid = event.kind, event.cid
+        flight = self.fleet.flights.get(cid)
+        if flight is None or flight.number != event.job:
+            if kind is EventKind.DEADLINE:
+                self._deadline(event)
+            elif self.fleet.is_awaited(event):
+                self.computation.begin(self.fleet.take_off(event, self._latest_s(cid)))
         elif kind is EventKind.TRAINING_DONE:
-            self.fleet.begin_upload(event)
+            self.fleet.begin_upload(event, flight)
         elif kind is EventKind.UPLOAD_DONE:
-            self._arrive(event)
-        elif not self.fleet.pauses(event):
-            self._lose(self.fleet.flights[event.cid], _LOST_BY[kind], event)
+            self._arrive(event, flight)
+        elif kind is EventKind.WINDOW_OPEN:
+            self.fleet.resume(event, flight)
+        elif not self.fleet.pauses(event, flight):
+            self._lose(flight, _LOST_BY[kind], event)
 
     def _deadline(self, event: Event) -> None:
         """Let a group wait no longer."""
         for group, (number, _) in self.deadlines.items():
             if number == event.job:
-                self.diary.event(event, self.server.version, None)
+                self.diary.note(event.time_s, event.kind.name, self.server.version)
                 self.schedule.groups[group].is_due = self.is_stirred = True
 
-    def _latest_s(self, event: Event) -> float:
+    def _latest_s(self, cid: ClientId) -> float:
         """Return when the update of a client that has come would be of no use any more."""
-        awaited = self.fleet.awaited.get(event.cid)
-        if awaited is None or self.schedule.is_stream:
+        if not self.deadlines or self.schedule.is_stream:
             return math.inf
-        return self.deadlines.get(awaited.group, (0, math.inf))[1]
+        return self.deadlines[self.fleet.awaited[cid].group][1]
 
-    def _arrive(self, event: Event) -> None:
+    def _arrive(self, event: Event, flight: Flight) -> None:
         """Take in an update that has arrived, if it can be used."""
         self.is_stirred = True
-        flight = self.fleet.land(event)
+        self.fleet.land(event)
         row = flight.row(event.time_s, self.world, is_done=True)
         lateness = row["staleness"] = self.server.version - flight.job.version
         latest = self.schedule.max_staleness
@@ -201,7 +203,7 @@ class Loop:
             self.computation.drop(flight)
             self._miss(flight, row, "stale")
             return
-        room = self.schedule.room(flight.group)
+        room = self.schedule.room(flight.group, self._rounds - self.server.version)
         result = self.computation.take(flight, self.fleet.flights.values(), room)
         update, row["up_bytes"], reason = self.reception.receive(result, flight.job, self.client)
         if reason:

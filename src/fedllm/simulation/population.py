@@ -29,16 +29,11 @@ class Population:
 
     def work(self, job: Job, client: BaseClient, plan: Plan, rank: int) -> Work:
         """Return the training of a job, as the cost model sees it."""
-        rows = int(self.sizes[job.cid])
+        rows, steps = int(self.sizes[job.cid]), job.steps
         mean = 1.0 if self.tokens is None else self.tokens[job.cid] / rows
-        return Work(
-            steps=job.steps,
-            passes=client.num_passes(job, plan.rows_per_step),
-            tokens_per_step=mean
-            * _rows_in(job.steps, rows, plan.rows_per_step)
-            / max(job.steps, 1),
-            rank=rank,
-        )
+        passes = client.num_passes(job, plan.rows_per_step)
+        covered = _rows_in(steps, rows, plan.rows_per_step)
+        return Work(steps, passes, mean * covered / max(steps, 1), rank)
 
 
 def _rows_in(steps: int, rows: int, rows_per_step: int) -> int:

@@ -9,7 +9,6 @@ from operator import itemgetter
 from typing import Any
 
 from fedllm.federation import Update
-from fedllm.simulation.events import NOBODY, ClientState, Event
 
 
 @dataclass(frozen=True)
@@ -55,34 +54,26 @@ class Diary:
     ledger: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
-    def event(
-        self, event: Event, version: int, state: ClientState | None, **more: float | str | None
-    ) -> None:
-        """Write down an event of a client and the state that it leads to."""
-        self.note(event.time_s, event.kind.name, version, event.cid, event.job, state, **more)
-
     def note(
         self,
         time_s: float,
         name: str,
         version: int,
-        cid: int = NOBODY,
+        cid: int | None = None,
         job: int | None = None,
-        state: ClientState | None = None,
-        **more: float | str | None,
-    ) -> None:
-        """Write down what happened."""
+        state: str | None = None,
+    ) -> dict[str, Any]:
+        """Write down what happened, and return the line for more to be added to it."""
         line: dict[str, Any] = {
             "time_s": time_s,
             "event": name,
-            "client": None if cid == NOBODY else cid,
-            "job": None if cid == NOBODY else job,
+            "client": cid,
+            "job": job,
             "round": version + 1,
-            "state": None if state is None else state.value,
+            "state": state,
         }
-        if more:
-            line |= more
         self.events.append(line)
+        return line
 
     def end(self, row: dict[str, Any], version: int, outcome: str) -> None:
         """Write down how a job ended."""

@@ -85,8 +85,13 @@ class Schedule(ABC):
         """Return the name of the random stream that draws the clients of an order."""
         return ("cohort", version)
 
-    def room(self, group: int) -> int | None:
-        """Return how many more updates a group can use; None for any number."""
+    def room(self, group: int, rounds_left: int) -> int | None:
+        """Return how many more updates can be used of those sent for so far; None for any number.
+
+        Args:
+            group: Of those.
+            rounds_left: Aggregations until the run ends, the next one included.
+        """
         return None
 
     @property
@@ -140,7 +145,7 @@ class Sync(Schedule):
         """Return the name of the random stream that draws the clients of an order."""
         return ("cohort", version)
 
-    def room(self, group: int) -> int | None:
+    def room(self, group: int, rounds_left: int) -> int | None:
         """Return what is left of the cohort."""
         return self._wanted(group) - len(self.groups[group].arrived)
 

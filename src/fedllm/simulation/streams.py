@@ -63,6 +63,10 @@ class Buffered(Stream):
     server_learning_rate: float = 1.0
     wait_s: float | None = None
 
+    def room(self, group: int, rounds_left: int) -> int | None:
+        """Return what fills the buffers that are left."""
+        return rounds_left * self.size - len(self.groups[group].arrived)
+
     @property
     def deadline_s(self) -> float | None:
         """As set."""
@@ -91,6 +95,10 @@ class Async(Stream):
     """
 
     alpha: float = 0.6
+
+    def room(self, group: int, rounds_left: int) -> int | None:
+        """Return one for each version that is left."""
+        return rounds_left
 
     def is_ready(self, group: int) -> bool:
         """Tell whether one has arrived."""
