@@ -103,7 +103,7 @@ def _is_model(kind: Any) -> bool:
 def _form(model: type[BaseModel]) -> str:
     """Return `key: value` by which a form is told from its alternatives; empty if it is not."""
     name, info = next(iter(model.model_fields.items()))
-    fixed = get_origin(info.annotation) is Literal and info.is_required()
+    fixed = get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
     return f"{name}: {get_args(info.annotation)[0]}" if fixed else ""
 
 
@@ -186,6 +186,8 @@ def _default(value: object) -> str:
         return "`null`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, BaseModel):
+        value = getattr(value, "name", "{}")
     if isinstance(value, tuple):
         value = list(value)
     return f"`{value}`"

@@ -49,22 +49,28 @@ def test_an_unknown_value_is_a_dash(value: float | None) -> None:
 # views
 
 
-def parts_of(clients: int, cohort: int, rounds: int = 4) -> Any:
+def parts_of(clients: int, cohort: int, rounds: int = 4, **more: Any) -> Any:
     """Return as much of a run's parts as the views look at."""
     config = Config.model_validate(
         {
             "name": "demo",
             "federation": {"num_clients": clients, "cohort_size": cohort, "rounds": rounds},
             "evaluation": {"every": 2, "max_rows": 40},
+            **more,
         }
     )
-    jobs = {cid: SimpleNamespace(steps=10) for cid in range(cohort)}
+    jobs = [SimpleNamespace(cid=cid, steps=10) for cid in range(cohort)]
+    counts = {"waiting": 2, "training": cohort, "uploading": 0, "paused": 0}
     return SimpleNamespace(
         config=config,
         server=SimpleNamespace(version=0),
         evaluator=SimpleNamespace(names=("exact_match", "loss")),
         partition=SimpleNamespace(train_sizes=np.full(clients, 50)),
-        loop=SimpleNamespace(jobs=jobs),
+        loop=SimpleNamespace(
+            computation=SimpleNamespace(running=jobs),
+            fleet=SimpleNamespace(counts=lambda: counts),
+            queue=SimpleNamespace(now_s=7500.0),
+        ),
         dataset=SimpleNamespace(test=range(100)),
         scopes=("global",),
     )
@@ -121,6 +127,31 @@ def test_the_view_shows_rounds_clients_metrics_and_bytes() -> None:
         "training",
     ):
         assert text in shown, shown
+
+
+def test_a_realistic_run_shows_its_clock_and_what_its_clients_do() -> None:
+    view = live(3, 3)
+    assert "virtual time" not in picture(view)
+    view.begin(parts_of(3, 3, mode="realistic"), SimpleNamespace())  # type: ignore[arg-type]
+    assert "2 h 05" in picture(view)
+    assert "2 waiting, 3 training" in picture(view)
+    view.record({**record_of(1, None), "staleness": {"mean": 1.5, "max": 3}})
+    assert "updates 1.5 versions late" in picture(view)
+
+
+def test_a_line_tells_a_realistic_round() -> None:
+    out = io.StringIO()
+    view = Plain(Console(file=out, width=200))
+    view.begin(parts_of(3, 3, mode="realistic"), SimpleNamespace())  # type: ignore[arg-type]
+    more = {
+        "virtual_time_s": 7500.0,
+        "staleness": {"mean": 1.5, "max": 3},
+        "jobs": {"arrived": 2, "window": 1},
+        "ended": "time is up",
+    }
+    view.record({**record_of(1, None), **more})
+    for text in ("at 2 h 05", "1.5 versions late", "lost 1 by window", "ended: time is up"):
+        assert text in out.getvalue()
 
 
 def test_of_many_clients_the_first_dozen_is_shown() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from fedllm.cli.figures import duration_text
 from fedllm.evaluation import METRICS
 
 if TYPE_CHECKING:
@@ -65,9 +66,8 @@ class Course:
         """Take note of a client's progress."""
         if self._is_between:
             assert self.parts is not None
-            # all jobs of a cohort are dispatched before the first of them is computed
-            flights = self.parts.loop.fleet.flights
-            self.steps = {cid: (0, flights[cid].job.steps) for cid in sorted(flights)}
+            running = self.parts.loop.computation.running
+            self.steps = {job.cid: (0, job.steps) for job in running}
             self._is_between, self.answers = False, 0
         self.steps[cid] = (done, total)
         is_done = all(did >= todo for did, todo in self.steps.values())
@@ -154,6 +154,18 @@ class Course:
         """Return the mean training loss of each round."""
         losses = [record.get("train", {}).get("loss") for record in self.records]
         return [loss for loss in losses if loss is not None]
+
+    def world_text(self) -> tuple[str, str]:
+        """Return virtual time, and who does what at it; both empty where time stands still."""
+        if self.parts is None or self.parts.config.mode == "prototype":
+            return "", ""
+        loop = self.parts.loop
+        counts = loop.fleet.counts()
+        told = [f"{count} {state}" for state, count in counts.items() if count]
+        late = self.records[-1].get("staleness") if self.records else None
+        if late and late["max"]:
+            told.append(f"updates {late['mean']:.1f} versions late")
+        return duration_text(loop.queue.now_s), ", ".join(told)
 
     def rejected(self) -> int:
         """Return how many updates the server has refused so far."""

@@ -21,7 +21,7 @@ from fedllm.cli.plain import title
 
 REFRESHES_PER_S = 3
 MAX_CLIENTS = 12
-_OTHER_LINES = 13
+_OTHER_LINES = 14
 """Lines of the view besides its clients."""
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,9 @@ class LiveView(Course):
             total = f"↑ {bytes_text(sent['up_total'])}  ↓ {bytes_text(sent['down_total'])}"
             note = f"in total {total}"
         rows.add_row("bytes a round", up, down, note)
+        clock, doing = self.world_text()
+        if clock:
+            rows.add_row("virtual time", clock, "", doing)
         return rows
 
     def _clients(self) -> RenderableType:

@@ -47,6 +47,8 @@ class Plain(Course):
         if "bytes" in record:
             sent = record["bytes"]
             words.append(f"up {bytes_text(sent['up'])}, down {bytes_text(sent['down'])}")
+        if self.parts is not None and self.parts.config.mode == "realistic":
+            words += _world_words(record)
         if record.get("rejected"):
             words.append(f"{len(record['rejected'])} rejected")  # the log has told why
         words.append(duration_text(took))
@@ -55,6 +57,20 @@ class Plain(Course):
     def _print(self, text: str) -> None:
         # a line stays a line, however narrow the terminal is taken to be
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _world_words(record: Mapping[str, Any]) -> list[str]:
+    """Return what a round was in virtual time: when, how late its updates, and what was lost."""
+    words = [f"at {duration_text(record['virtual_time_s'])}"]
+    late = record.get("staleness")
+    if late and late["max"]:
+        words.append(f"{late['mean']:.1f} versions late")
+    lost = {k: n for k, n in record.get("jobs", {}).items() if k not in ("arrived", "rejected")}
+    if lost:
+        words.append("lost " + ", ".join(f"{count} by {why}" for why, count in lost.items()))
+    if record.get("ended"):
+        words.append(f"ended: {record['ended']}")
+    return words
 
 
 def title(parts: Parts) -> str:

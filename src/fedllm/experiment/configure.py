@@ -17,7 +17,7 @@ from fedllm.config import (
 )
 from fedllm.errors import ConfigError, unknown
 from fedllm.evaluation import METRICS
-from fedllm.experiment import exchange
+from fedllm.experiment import exchange, schedules
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -50,7 +50,10 @@ def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
     if isinstance(metrics, list):
         strange = [name for name in metrics if name not in METRICS]
         problems += [f"evaluation.metrics: {unknown('metric', str(n), METRICS)}" for n in strange]
-    problems += exchange.misspelt(tree) if config is None else exchange.problems(config)
+    if config is None:
+        problems += exchange.misspelt(tree)
+    else:
+        problems += [*exchange.problems(config), *schedules.problems(config)]
     if problems or config is None:
         raise ConfigError(problems, source)
     return config

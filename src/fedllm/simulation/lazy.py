@@ -25,6 +25,8 @@ class Computation:
     lost: Literal["skip", "compute"] = "skip"
     """`compute` runs what is certain to be lost, too, apart from the rest; it changes nothing."""
     results: dict[ClientId, Update] = field(default_factory=dict)
+    running: Sequence[Job] = ()
+    """What is being computed, or has been last."""
     wall_s: float = 0.0
     """Real seconds since they were last asked for."""
 
@@ -60,7 +62,7 @@ class Computation:
         return spent
 
     def _run(self, jobs: Sequence[Job]) -> None:
-        begin = time.perf_counter()
+        begin, self.running = time.perf_counter(), jobs
         # filed under the job that is answered, whoever an update says it is from
         for job, update in zip(jobs, self.executor.run(jobs), strict=True):
             self.results[job.cid] = update
