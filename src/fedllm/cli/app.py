@@ -11,6 +11,7 @@ from rich.console import Console
 
 import fedllm
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
+from fedllm.cli.trace import trace_app
 from fedllm.config import Config
 from fedllm.errors import FedLLMError, unknown
 
@@ -24,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: fedllm check CONFIG.yaml, then fedllm run CONFIG.yaml",
 )
+
+app.add_typer(trace_app, name="trace")
 
 Words = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this at run time

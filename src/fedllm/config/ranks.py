@@ -84,6 +84,8 @@ class BudgetRange(Section):
 
 
 def _budget_form(value: object) -> str:
+    if isinstance(value, str):
+        return "literal[device]"
     if isinstance(value, (Mapping, BudgetRange)):
         return "form=range"
     return "list[float]" if isinstance(value, (list, tuple)) else "float"
@@ -92,6 +94,7 @@ def _budget_form(value: object) -> str:
 Budget = Annotated[
     Annotated[Positive, Tag("float")]
     | Annotated[list[Positive], Field(min_length=1), Tag("list[float]")]
+    | Annotated[Literal["device"], Tag("literal[device]")]
     | Annotated[BudgetRange, Tag("form=range")],
     Discriminator(_budget_form),
 ]
@@ -110,7 +113,8 @@ class RankMemory(Section):
     """The ranks there are."""
     budget_mb: Budget
     """Memory for the adapter in millions of bytes: one number for all, a list that each client
-    draws one of, or a range that each client draws from log-uniformly."""
+    draws one of, a range that each client draws from log-uniformly, or `device`: what the client's
+    device has left beside weights and activations (realistic mode)."""
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -14,9 +14,11 @@ import numpy.typing as npt
 from fedllm.config import Config
 from fedllm.data import Dataset, HeterogeneityReport, Partition, heterogeneity
 from fedllm.experiment import estimate
-from fedllm.experiment.estimate import Duration, Memory, Shapes
+from fedllm.experiment.estimate import Duration, Memory
 from fedllm.experiment.parts import build, check_length, load_data, plan_of, ranks_of
 from fedllm.experiment.traffic import Traffic, traffic
+from fedllm.experiment.world import WorldSummary, summary, world_of
+from fedllm.system import RankRule, SimulatedWorld
 
 if TYPE_CHECKING:
     from fedllm.models import SizeEstimate
@@ -53,6 +55,8 @@ class Report:
     traffic: Traffic
     duration: Duration
     example: Example
+    world: WorldSummary | None
+    """In realistic mode."""
 
 
 def check(config: Config, say: Callable[[str], None] = lambda text: None) -> Report:
@@ -102,23 +106,33 @@ def report(config: Config, dataset: Dataset, partition: Partition, tokenizer: An
     shapes = estimate.shapes_of(config, kind, dataset.label_names)
     memory = estimate.memory(config, shapes, dataset, size.base_bytes)
     plan = plan_of(config)
+    world = world_of(config, shapes, dataset)
+    ranks = ranks_of(config, shapes.modules, shapes.head_parameters, world)
+    moved = traffic(config, shapes, partition, ranks)
     return Report(
         config=config,
         dataset=dataset,
         heterogeneity=heterogeneity(partition, dataset.train.groups),
         steps=np.array([plan.steps(int(rows)) for rows in partition.train_sizes], np.int64),
-        ranks=_count_ranks(config, shapes),
+        ranks=_count_ranks(config, ranks),
         size=size,
         memory=memory,
-        traffic=traffic(config, shapes, partition),
+        traffic=moved,
         duration=estimate.duration(config, shapes, dataset, partition, memory.tokens_in_a_pass),
         example=_example(dataset, tokenizer),
+        world=None if world is None else _world(config, world, partition, ranks, moved),
     )
 
 
-def _count_ranks(config: Config, shapes: Shapes) -> dict[int, int]:
+def _world(
+    config: Config, world: SimulatedWorld, partition: Partition, ranks: RankRule, moved: Traffic
+) -> WorldSummary:
+    each = (moved.up_bytes + moved.down_bytes) / config.federation.cohort
+    return summary(config, world, partition.train_sizes, plan_of(config), ranks, each)
+
+
+def _count_ranks(config: Config, rule: RankRule) -> dict[int, int]:
     """Count the clients of each rank that the configuration allows for, none left out."""
-    rule = ranks_of(config, shapes.modules, shapes.head_parameters)
     known = range(min(config.federation.num_clients, MAX_RANKS_COUNTED))
     counts = Counter(rule.of(cid) for cid in known)
     return {rank: counts[rank] for rank in sorted(set(rule.choices))}

@@ -40,6 +40,8 @@ class Shapes:
     vocabulary: int
     body_parameters: int
     """Parameters that every token is multiplied with: without embeddings and output matrix."""
+    table_parameters: int
+    """Of embeddings and output matrix; tied, they count once."""
 
     @property
     def head_parameters(self) -> int:
@@ -110,6 +112,7 @@ def shapes_of(config: Config, kind: Kind, label_names: Sequence[str]) -> Shapes:
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(text.vocab_size),
         body_parameters=sum(p.numel() for p in model.parameters() if p not in outside),
+        table_parameters=sum(p.numel() for p in outside),
     )
 
 

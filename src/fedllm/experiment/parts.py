@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +17,11 @@ from fedllm.errors import DataError
 from fedllm.evaluation import Evaluator, Scope
 from fedllm.experiment.exchange import reception_of, transport_of
 from fedllm.experiment.schedules import schedule_of
+from fedllm.experiment.world import left_bytes, or_ideal, too_small, without, world_of
 from fedllm.federation import BaseClient, BaseServer, Plan, Scorer
 from fedllm.seeding import derive
 from fedllm.simulation import Population
-from fedllm.system import Ideal, RankRule, rank_rule
+from fedllm.system import RankRule, SimulatedWorld, rank_rule
 
 if TYPE_CHECKING:
     from fedllm.data import TokenSet
@@ -74,7 +76,10 @@ def plan_of(config: Config) -> Plan:
 
 
 def ranks_of(
-    config: Config, shapes: Mapping[str, tuple[int, int]], head_parameters: int
+    config: Config,
+    shapes: Mapping[str, tuple[int, int]],
+    head_parameters: int,
+    world: SimulatedWorld | None = None,
 ) -> RankRule:
     """Return which rank each client has.
 
@@ -82,6 +87,7 @@ def ranks_of(
         config: The checked configuration.
         shapes: Adapted layer to (out, in) of its weight; what fits a memory depends on them.
         head_parameters: Size of the classification head.
+        world: Has the clients' devices, in realistic mode.
 
     Raises:
         ConfigError: If the smallest rank does not fit every client's memory.
@@ -92,6 +98,7 @@ def ranks_of(
         num_clients=config.federation.num_clients,
         rank_parameters=sum(sum(shape) for shape in shapes.values()),
         head_parameters=0 if config.adapter.head == "frozen" else head_parameters,
+        left_bytes=None if world is None else partial(left_bytes, world),
     )
 
 
@@ -157,8 +164,9 @@ def build(config: Config, say: Say = lambda text: None) -> Parts:
     check_length(position_limit(loaded.model), loaded.source, dataset)
     engine = _engine(config, dataset, shards, loaded)
     evaluator = _evaluator(config, dataset, shards, loaded.kind, engine)
-    server, client = _algorithm(config, engine)
-    loop = _loop(config, shards, engine, server, client)
+    world = _world(config, dataset, loaded.kind)
+    server, client = _algorithm(config, engine, world)
+    loop = _loop(config, shards, engine, server, client, world)
     return Parts(config, dataset, shards, loaded, engine, server, client, loop, evaluator)
 
 
@@ -177,7 +185,18 @@ def _engine(
     return CohortEngine(resident, dataset.train, shards, plan_of(config))
 
 
-def _algorithm(config: Config, engine: CohortEngine) -> tuple[BaseServer, BaseClient]:
+def _world(config: Config, dataset: Dataset, kind: Kind) -> SimulatedWorld | None:
+    """Return the world of realistic mode; its cost model needs the model's shapes."""
+    if config.mode == "prototype":
+        return None
+    from fedllm.experiment.estimate import shapes_of
+
+    return world_of(config, shapes_of(config, kind, dataset.label_names), dataset)
+
+
+def _algorithm(
+    config: Config, engine: CohortEngine, world: SimulatedWorld | None
+) -> tuple[BaseServer, BaseClient]:
     """Return server and client behaviour, started from the common adapter."""
     head = config.adapter.head
     server, client = algorithms.make(config.algorithm.name, config.algorithm.settings, head)
@@ -187,7 +206,7 @@ def _algorithm(config: Config, engine: CohortEngine) -> tuple[BaseServer, BaseCl
     head_parameters = sum(tensor.numel() for tensor in engine.resident.head_start.values())
     server.start(
         start,
-        ranks_of(config, engine.resident.shapes, head_parameters),
+        ranks_of(config, engine.resident.shapes, head_parameters, world),
         head,
         num_clients=config.federation.num_clients,
         rounds=config.federation.rounds,
@@ -204,18 +223,20 @@ def _loop(
     engine: CohortEngine,
     server: BaseServer,
     client: BaseClient,
+    world: SimulatedWorld | None,
 ) -> Loop:
     from fedllm.executors import InlineExecutor
     from fedllm.simulation import Loop
 
     federation = config.federation
+    excluded = frozenset[int]() if world is None else too_small(config, world, server.ranks)
     return Loop(
         server=server,
         client=client,
-        world=Ideal(),
+        world=or_ideal(world),
         executor=InlineExecutor(engine, client),
         plan=plan_of(config),
-        population=population_of(engine.tokens, shards),
+        population=population_of(engine.tokens, shards, excluded),
         seed=config.seed,
         schedule=schedule_of(federation),
         reception=reception_of(config),
@@ -225,11 +246,11 @@ def _loop(
     )
 
 
-def population_of(tokens: TokenSet, shards: Partition) -> Population:
-    """Return how much each client has to learn from."""
+def population_of(tokens: TokenSet, shards: Partition, excluded: frozenset[int]) -> Population:
+    """Return how much each client has to learn from; those left out have nothing."""
     ends = np.concatenate([[0], np.cumsum(tokens.lengths[shards.train_rows])])
     owned = np.diff(ends[shards.train_offsets])
-    return Population(shards.train_sizes.tolist(), owned.tolist())
+    return Population(without(shards.train_sizes.tolist(), excluded), owned.tolist())
 
 
 def _evaluator(

@@ -19,7 +19,7 @@ from fedllm.experiment.exchange import reception_of, transport_of
 from fedllm.experiment.parts import plan_of, ranks_of, scaling_of
 from fedllm.federation import BaseClient, Engine, FitRequest, FitResult, Job, Progress
 from fedllm.simulation import Loop, Population, Sync
-from fedllm.system import Ideal
+from fedllm.system import Ideal, RankRule
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Traffic:
     """Whether later rounds send more, because what is sent accumulates."""
 
 
-def traffic(config: Config, shapes: Shapes, partition: Partition) -> Traffic:
+def traffic(config: Config, shapes: Shapes, partition: Partition, ranks: RankRule) -> Traffic:
     """Play the first rounds with tensors that have a shape and no memory, and read the ledger.
 
     The loop, the algorithm and its payloads are the real ones, so the bytes are exact; only local
@@ -52,7 +52,8 @@ def traffic(config: Config, shapes: Shapes, partition: Partition) -> Traffic:
     """
     within = max(_FEWEST_ROUNDS, _JOBS_PLAYED // config.federation.cohort)
     rounds = min(config.federation.rounds, within)
-    loop = untrained_loop(config, shapes.modules, shapes.heads, partition.train_sizes.tolist())
+    sizes = partition.train_sizes.tolist()
+    loop = untrained_loop(config, shapes.modules, shapes.heads, sizes, ranks=ranks)
     played = list(loop.run(rounds))
     down = [sum(row["down_bytes"] for row in made.ledger) for made in played]
     up = [sum(row["up_bytes"] for row in made.ledger) for made in played]
@@ -66,6 +67,7 @@ def untrained_loop(
     heads: Mapping[str, tuple[int, ...]],
     sizes: Sequence[int],
     engine: Engine | None = None,
+    ranks: RankRule | None = None,
 ) -> Loop:
     """Return the loop of a run whose tensors have only shapes.
 
@@ -75,13 +77,14 @@ def untrained_loop(
         heads: Tensors of a classification head.
         sizes: Training rows of each client.
         engine: What serves the fits; by default clients end where they start.
+        ranks: Of the clients; by default as the configuration says, without devices.
     """
     server, client = algorithms.make(
         config.algorithm.name, config.algorithm.settings, config.adapter.head
     )
     server.start(
         _start(config, modules, heads),
-        ranks_of(config, modules, sum(math.prod(shape) for shape in heads.values())),
+        ranks or ranks_of(config, modules, sum(math.prod(shape) for shape in heads.values())),
         config.adapter.head,
         num_clients=config.federation.num_clients,
         rounds=config.federation.rounds,

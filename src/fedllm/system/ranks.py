@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,6 +141,25 @@ class MemoryRule(RankRule):
         return budget
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceRule(RankRule):
+    """The largest choice whose training fits what a client's device has left for it.
+
+    Whose device is too small for every choice has the smallest: it is found before the run.
+    """
+
+    left_bytes: Callable[[int], float]
+    """Client to the bytes that its device has beside weights and activations."""
+    rank_parameters: int
+    head_parameters: int = 0
+
+    def of(self, cid: int) -> int:
+        """Return the rank of a client."""
+        left = self.left_bytes(cid) / _TRAINED_BYTES - self.head_parameters
+        fitting = [rank for rank in self.choices if rank * self.rank_parameters <= left]
+        return max(fitting, default=min(self.choices))
+
+
 def rank_rule(
     rank: int | list[int] | RankPolicy,
     seed: int,
@@ -148,6 +167,7 @@ def rank_rule(
     num_clients: int,
     rank_parameters: int,
     head_parameters: int = 0,
+    left_bytes: Callable[[int], float] | None = None,
 ) -> RankRule:
     """Return the rule that `adapter.rank` asks for.
 
@@ -157,6 +177,7 @@ def rank_rule(
         num_clients: Size of the population.
         rank_parameters: Parameters of an adapter of rank 1.
         head_parameters: Parameters that are trained in full, whatever the rank.
+        left_bytes: Client to the memory that its device has left for the adapter.
 
     Raises:
         ConfigError: If there can be a client whom not even the smallest rank fits.
@@ -167,7 +188,20 @@ def rank_rule(
     if isinstance(rank, RankTiers):
         counts = apportion([tier.share for tier in rank.tiers], num_clients)
         return TierRule(choices, seed, counts=counts)
+    if isinstance(rank, RankMemory) and rank.budget_mb == "device":
+        if left_bytes is None:
+            raise ConfigError(
+                ["adapter.rank.budget_mb: `device` needs devices; set mode: realistic and system"]
+            )
+        return DeviceRule(
+            choices,
+            seed,
+            left_bytes=left_bytes,
+            rank_parameters=rank_parameters,
+            head_parameters=head_parameters,
+        )
     if isinstance(rank, RankMemory):
+        assert rank.budget_mb != "device"
         return MemoryRule(
             choices,
             seed,

@@ -1,0 +1,196 @@
+"""Windows of many clients in flat arrays, and the question who is there."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Window = tuple[float, float]
+Unknown = Literal["unavailable", "available", "wrap"]
+
+
+@dataclass(frozen=True)
+class WindowTrace:
+    """When each of many clients is there.
+
+    Memory: two numbers a window and three a client. A question costs a bisection.
+
+    Client k's windows lie at `offsets[k]` to `offsets[k + 1]`, in ascending order, not overlapping,
+    within its period, which begins at `starts[k]` and comes again after `periods[k]` seconds; where
+    that is infinite, nothing comes again.
+    """
+
+    names: Sequence[object]
+    """What the trace calls its clients; may be a range for numbers."""
+    opens: np.ndarray
+    closes: np.ndarray
+    offsets: np.ndarray
+    starts: np.ndarray
+    periods: np.ndarray
+    span_s: float
+    """Virtual seconds that the trace covers."""
+    source: str = ""
+    _views: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Make views that plain Python reads fast."""
+        arrays: tuple[Any, ...] = (
+            *(self.opens, self.closes, self.offsets),
+            *(self.starts, self.periods),
+        )
+        views = tuple(memoryview(np.ascontiguousarray(array)) for array in arrays)
+        object.__setattr__(self, "_views", views)
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_windows(self) -> int:
+        """How many windows there are in all."""
+        return len(self.opens)
+
+    def window(self, index: int, time_s: float) -> Window | None:
+        """Return the first window of a client that ends after `time_s`; None if there is none.
+
+        A window that reaches the end of the period and one that begins with it are one.
+        """
+        opens, closes, offsets, starts, periods = self._views
+        low, high = offsets[index], offsets[index + 1]
+        if low == high:
+            return None
+        period = periods[index]
+        if period == math.inf:
+            place = bisect.bisect_right(closes, time_s, low, high)
+            return None if place == high else (opens[place], closes[place])
+        start = starts[index]
+        turn, within = divmod(time_s - start, period)
+        place = bisect.bisect_right(closes, start + within, low, high)
+        if place == high:
+            turn, place = turn + 1.0, low
+        shift, end = turn * period, start + period
+        open_s, close_s = opens[place] + shift, closes[place] + shift
+        if opens[low] <= start and closes[high - 1] >= end:
+            if high - low == 1:
+                return min(start, time_s), math.inf
+            if place == high - 1:
+                close_s = closes[low] + shift + period
+            elif place == low:
+                open_s = opens[high - 1] + shift - period
+        return open_s, close_s
+
+    def is_available(self, index: int, time_s: float) -> bool:
+        """Tell whether a client is there."""
+        found = self.window(index, time_s)
+        return found is not None and found[0] <= time_s
+
+    def windows(self, index: int) -> list[Window]:
+        """Return a client's windows in its first period."""
+        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return list(zip(self.opens[part].tolist(), self.closes[part].tolist(), strict=True))
+
+    def share_available(self, times_s: Sequence[float]) -> list[float]:
+        """Return which part of the clients is there at each of some times."""
+        count = max(self.num_clients, 1)
+        return [
+            sum(self.is_available(index, time_s) for index in range(self.num_clients)) / count
+            for time_s in times_s
+        ]
+
+    @classmethod
+    def from_arrays(
+        cls,
+        opens: np.ndarray,
+        closes: np.ndarray,
+        offsets: np.ndarray,
+        span_s: float,
+        *,
+        wraps: bool = True,
+    ) -> WindowTrace:
+        """Return the trace of clients that all have the same period; the arrays are not copied."""
+        count = len(offsets) - 1
+        period = np.broadcast_to(np.array(span_s if wraps else math.inf, np.float32), count)
+        starts = np.zeros(count, np.float32)
+        return cls(range(count), opens, closes, offsets, starts, period.copy(), span_s)
+
+    @classmethod
+    def of(
+        cls,
+        windows: Mapping[str, Sequence[Window]],
+        span_s: float,
+        *,
+        wraps: bool = True,
+        coverage: Mapping[str, Window] | None = None,
+        unknown: Unknown = "wrap",
+        source: str = "",
+    ) -> WindowTrace:
+        """Return the trace of these clients.
+
+        Args:
+            windows: Client to its windows; those that overlap or touch become one.
+            span_s: What the trace covers, from 0.
+            wraps: Whether it comes again after that.
+            coverage: Client to the stretch in which something is known of it; absent: all.
+            unknown: A client is not there outside of its coverage, or is there, or its coverage
+                comes again and again.
+            source: What the trace was made of.
+        """
+        opens: list[float] = []
+        closes: list[float] = []
+        offsets, starts, periods = [0], list[float](), list[float]()
+        for name, own in windows.items():
+            low, high = (coverage or {}).get(name, (0.0, span_s))
+            merged = merge(own)
+            is_own_turn = unknown == "wrap" and wraps
+            if unknown == "available":
+                merged = merge([*merged, *((0.0, low), (high, span_s))])
+            opens += [open_s for open_s, _ in merged]
+            closes += [close_s for _, close_s in merged]
+            offsets.append(len(opens))
+            starts.append(low if is_own_turn else 0.0)
+            periods.append(high - low if is_own_turn else span_s if wraps else math.inf)
+        return cls(
+            names=list(windows),
+            opens=np.array(opens, np.float64),
+            closes=np.array(closes, np.float64),
+            offsets=np.array(offsets, np.int64),
+            starts=np.array(starts, np.float64),
+            periods=np.array(periods, np.float64),
+            span_s=span_s,
+            source=source,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> WindowTrace:
+        """Read a trace in our own format, JSONL or Parquet.
+
+        Raises:
+            ConfigError: If it is not there or not in our format.
+        """
+        from fedllm.system.traces.own_format import read_trace
+
+        return read_trace(path)
+
+
+def merge(windows: Sequence[Window]) -> list[Window]:
+    """Return windows in order, those that overlap or touch as one, those without length left out.
+
+    >>> merge([(5.0, 6.0), (0.0, 2.0), (2.0, 3.0), (4.0, 4.0)])
+    [(0.0, 3.0), (5.0, 6.0)]
+    """
+    merged: list[Window] = []
+    for open_s, close_s in sorted(windows):
+        if close_s <= open_s:
+            continue
+        if merged and open_s <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(close_s, merged[-1][1])
+        else:
+            merged.append((open_s, close_s))
+    return merged

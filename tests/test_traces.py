@@ -1,0 +1,328 @@
+"""Traces: windows against brute force, importers, the generator, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.errors import ConfigError, DataError
+from fedllm.system.traces import Record, WindowTrace, generate, import_trace, read_record, write_as
+from fedllm.system.traces.flash import windows_of
+from fedllm.system.traces.own_format import write_record
+from fedllm.system.traces.window_trace import merge
+
+SPAN = 40
+edges = st.lists(st.tuples(st.integers(0, SPAN), st.integers(0, SPAN)), max_size=5)
+windows = edges.map(lambda pairs: [(float(min(p)), float(max(p))) for p in pairs])
+
+
+def there(own: Sequence[tuple[float, float]], time_s: float) -> bool:
+    return any(low <= time_s < high for low, high in own)
+
+
+def first_after(is_there: Any, time_s: float, horizon: float) -> tuple[float, float] | None:
+    """Walk half-seconds from long before a time: edges lie on whole seconds."""
+    step, now = 0.5, math.floor(time_s) - 3 * SPAN
+    opened = None
+    while now < horizon:
+        if is_there(now):
+            opened = now if opened is None else opened
+        else:
+            if opened is not None and now - step >= time_s:
+                return float(opened), float(now - step + 0.5)
+            opened = None
+        now += step
+    return None if opened is None else (float(opened), math.inf)
+
+
+@given(windows, st.floats(0, 3 * SPAN), st.booleans())
+def test_windows_are_those_of_brute_force(
+    own: list[tuple[float, float]], time_s: float, wraps: bool
+) -> None:
+    trace = WindowTrace.of({"a": own}, float(SPAN), wraps=wraps)
+
+    def is_there(at: float) -> bool:
+        return there(own, at % SPAN if wraps else at)
+
+    assert trace.is_available(0, time_s) == is_there(time_s)
+    found = trace.window(0, time_s)
+    wanted = first_after(is_there, time_s, time_s + 4 * SPAN)
+    if wanted is None:
+        assert found is None
+    elif wanted[1] == math.inf:
+        assert found is not None
+        assert found[0] <= time_s
+        assert found[1] == math.inf
+    else:
+        assert found is not None
+        assert found == pytest.approx(wanted)
+
+
+@given(windows, st.integers(0, 10), st.integers(1, 30), st.floats(0, 200))
+def test_a_client_s_own_coverage_comes_again(
+    own: list[tuple[float, float]], low: int, length: int, time_s: float
+) -> None:
+    high = min(low + length, SPAN)
+    kept = [(max(a, low), min(b, high)) for a, b in own]
+    trace = WindowTrace.of({"a": kept}, float(SPAN), coverage={"a": (float(low), float(high))})
+    within = low + (time_s - low) % (high - low)
+    assert trace.is_available(0, time_s) == there(kept, within)
+
+
+@given(windows, st.integers(0, 10), st.integers(15, 30), st.floats(0, SPAN - 0.01))
+def test_what_is_unknown_is_what_one_says(
+    own: list[tuple[float, float]], low: int, high: int, time_s: float
+) -> None:
+    kept = merge([(max(a, low), min(b, high)) for a, b in own])
+    coverage = {"a": (float(low), float(high))}
+    is_known = low <= time_s < high
+    for unknown, outside in (("unavailable", False), ("available", True)):
+        trace = WindowTrace.of({"a": kept}, float(SPAN), coverage=coverage, unknown=unknown)
+        wanted = there(kept, time_s) if is_known else outside
+        assert trace.is_available(0, time_s) == wanted
+
+
+@given(windows)
+def test_asking_again_gives_the_same_and_changes_nothing(own: list[tuple[float, float]]) -> None:
+    # FedScale's is_active moves one window with each call
+    trace = WindowTrace.of({"a": own}, float(SPAN))
+    times = [random.Random(4).uniform(0, 99) for _ in range(9)]
+    first = [trace.window(0, time_s) for time_s in times]
+    assert [trace.window(0, time_s) for time_s in reversed(times)][::-1] == first
+
+
+def test_fedscale_s_example_asked_three_times() -> None:
+    own = [(0.0, 100.0), (200.0, 300.0), (400.0, 500.0), (600.0, 700.0)]
+    trace = WindowTrace.of({"a": own}, 800.0)
+    assert [trace.is_available(0, 650.0) for _ in range(3)] == [True] * 3
+
+
+def test_a_client_without_windows_is_never_there() -> None:
+    # the published reference raises TypeError here
+    trace = WindowTrace.of({"a": [], "b": [(1.0, 2.0)]}, 10.0)
+    assert trace.window(0, 3.0) is None
+    assert trace.window(1, 3.0) == (11.0, 12.0)
+
+
+def test_flat_arrays_hold_many_clients_in_little_memory() -> None:
+    count = 20_000
+    opens = np.tile(np.arange(20, dtype=np.int32) * 100, count)
+    trace = WindowTrace.from_arrays(
+        opens, opens + 50, np.arange(count + 1, dtype=np.int64) * 20, 2000.0
+    )
+    assert trace.num_clients == count
+    assert trace.window(count - 1, 2010.0) == (2000.0, 2050.0)
+    assert not trace.is_available(7, 75.0)
+    arrays = (trace.opens, trace.closes, trace.offsets, trace.starts, trace.periods)
+    assert sum(array.nbytes for array in arrays) / count < 180
+
+
+# FLASH
+
+LOCKED = [(0.0, "screen_lock"), (0.0, "battery_charged_on"), (0.0, "wifi")]
+
+
+@pytest.mark.parametrize("network", ["2g", "3g", "4g", "5g", "unknown"])
+def test_every_mobile_network_ends_wifi(network: str) -> None:
+    # in the published reference only 2G and unknown do
+    events = [*LOCKED, (60.0, network), (7200.0, "screen_unlock")]
+    assert windows_of(events, "flash") == [(0.0, 60.0)]
+    ends = 60.0 if network in ("2g", "unknown") else 7200.0
+    assert windows_of(events, "reference") == [(0.0, ends)]
+
+
+def test_policies_differ_in_the_screen_and_in_short_windows() -> None:
+    off = [(0.0, "screen_off"), (0.0, "battery_charged_on"), (0.0, "wifi"), (99.0, "4g")]
+    assert windows_of(off, "flash") == []
+    assert windows_of([*off, (120.0, "2g")], "reference") == [(0.0, 120.0)]
+    short = [*LOCKED, (59.0, "battery_charged_off"), (200.0, "wifi")]
+    assert windows_of(short, "flash") == [(0.0, 59.0)]
+    assert windows_of(short, "reference") == []
+
+
+def test_events_of_one_second_are_taken_before_a_window_opens() -> None:
+    events = [*LOCKED[:2], (5.0, "wifi"), (5.0, "4g"), (9.0, "wifi"), (12.0, "battery_charged_off")]
+    assert windows_of(events, "flash") == [(9.0, 12.0)]
+
+
+def flash_file(folder: Path, messages: dict[str, str]) -> Path:
+    path = folder / "state_traces.json"
+    table = {key: {"guid": "g", "model": "m", "messages": text} for key, text in messages.items()}
+    path.write_text(json.dumps(table))
+    return path
+
+
+def test_lines_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> None:
+    good = "2020-01-02 00:00:01\tscreen_lock\n" * 30
+    path = flash_file(tmp_path, {"7": good + "rubbish\n2020-01-02 00:00:09\tdances\n"})
+    _, problems = import_trace(path, malformed=0.1)
+    assert (problems.count, problems.lines) == (2, 32)
+    assert problems.named[0].startswith(f"{path}:client 7, message 31: no time like")
+    assert "no known event" in problems.named[1]
+    with pytest.raises(DataError, match=r"2 of 32 lines .* more than 5%") as told:
+        import_trace(path)
+    assert "--malformed" in str(told.value)
+
+
+def test_only_the_first_ten_are_named(tmp_path: Path) -> None:
+    path = flash_file(tmp_path, {"7": "2020-01-02 00:00:01\twifi\n" + "rubbish\n" * 25})
+    _, problems = import_trace(path, malformed=1.0)
+    assert (problems.count, len(problems.named)) == (25, 10)
+    with pytest.raises(DataError, match="and 15 more"):
+        import_trace(path)
+
+
+# FedScale
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("bad", [Evil(), {1: Evil()}, {1: np.float64(3)}, {1: range(3)}])
+def test_a_pickle_that_asks_for_code_is_refused(
+    tmp_path: Path, bad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "trace.pkl"
+    path.write_bytes(pickle.dumps(bad))
+    with pytest.raises(DataError, match="could run code"):
+        import_trace(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80", b"\x80\x04K", b"nonsense"])
+def test_a_torn_pickle_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "trace.pkl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"trace\.pkl"):
+        import_trace(path)
+
+
+def test_fedscale_s_windows_come_again_after_each_client_s_own_time(tmp_path: Path) -> None:
+    path = tmp_path / "behave.pkl"
+    rows = {
+        3: {"active": [0, 50], "inactive": [10, 60], "finish_time": 100, "duration": 100},
+        4: {"active": [5], "inactive": [], "finish_time": 20, "duration": 20},
+        5: {"active": [5, 6, 7], "inactive": [], "finish_time": 20},
+    }
+    path.write_bytes(pickle.dumps(rows))
+    record, problems = import_trace(path, malformed=0.5)
+    assert problems.named == [f"{path}:client 5: needs a positive finish_time, and an inactive for"
+                              " each active"]  # fmt: skip
+    trace = record.trace()
+    assert trace.names == ["3", "4"]
+    assert trace.window(0, 155.0) == (150.0, 160.0)
+    assert trace.window(1, 41.0) == (45.0, 60.0)
+
+
+def test_fedscale_s_capacities_become_relative_speeds(tmp_path: Path) -> None:
+    path = tmp_path / "capacity.pkl"
+    rows = {i: {"computation": 100.0 * (i + 1), "communication": 2000.0} for i in range(3)}
+    path.write_bytes(pickle.dumps(rows))
+    record, _ = import_trace(path)
+    speeds = [values["relative_speed"] for values in record.capacities.values()]
+    assert speeds == pytest.approx([2.0, 1.0, 2 / 3])
+    assert record.links["1"] == {"up_bps": 2e6, "down_bps": 2e6}
+
+
+# Plato, and our own
+
+
+def test_transitions_are_read_from_text_and_json(tmp_path: Path) -> None:
+    text, table = tmp_path / "a.txt", tmp_path / "a.json"
+    text.write_text("# clients\na: on, [54, 890, 2042]\nb: off, [10, 20]\nc off\n")
+    table.write_text(json.dumps({"a": ["on", [54, 890, 2042]], "b": ["off", [10, 20]], "c": 1}))
+    for path in (text, table):
+        record, problems = import_trace(path, "plato", malformed=0.5)
+        assert record.windows == {"a": [(0.0, 54.0), (890.0, 2042.0)], "b": [(10.0, 20.0)]}
+        assert problems.count == 1
+        assert record.span_s == 2042.0
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_our_own_format_comes_back_as_it_was(tmp_path: Path, suffix: str) -> None:
+    record, path = generate(6, 2, seed=4), tmp_path / f"trace{suffix}"
+    write_record(record, path)
+    again, problems = read_record(path)
+    assert problems.count == 0
+    for name in ("span_s", "wraps", "source", "windows", "coverage", "capacities", "links"):
+        assert getattr(again, name) == getattr(record, name)
+    with pytest.raises(DataError, match="nothing is overwritten"):
+        write_record(record, path)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "not a JSON object"),
+        ('{"client": "a", "kind": "windo"}', "kind 'windo' is none of"),
+        ('{"client": "a", "kind": "window", "t0_s": 5, "t1_s": 5}', "t0_s before t1_s"),
+        ('{"client": "a", "kind": "window", "t0_s": -1, "t1_s": 5}', "0 or more"),
+        ('{"client": null, "kind": "link", "up_bps": 5}', "client must be"),
+        ('{"client": "a", "kind": "capacity"}', "needs at least one of"),
+    ],
+)
+def test_a_line_of_ours_that_is_wrong_is_told_by_its_number(
+    tmp_path: Path, line: str, told: str
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_record(Record(10.0, windows={"a": [(0.0, 1.0)]}), path)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ConfigError) as caught:
+        WindowTrace.load(path)
+    assert f"{path}:3: " in str(caught.value)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "hello\n"])
+def test_a_file_that_is_not_ours_says_how_it_becomes_so(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="fedllm trace import"):
+        WindowTrace.load(path)
+
+
+# made up
+
+
+@pytest.mark.parametrize("behaviour", ["overnight", "office", "random"])
+@pytest.mark.parametrize("kind", ["ours", "flash", "fedscale", "plato"])
+def test_what_is_made_up_comes_back_from_every_format(
+    tmp_path: Path, kind: str, behaviour: Any
+) -> None:
+    record = generate(12, 3, behaviour, seed=2)
+    path = tmp_path / f"trace.{'jsonl' if kind == 'ours' else kind}"
+    write_as(record, kind, path)
+    again, problems = import_trace(path)
+    assert problems.count == 0
+    assert list(again.windows.values()) == list(record.windows.values())
+    before, after = record.trace(), again.trace()
+    stream = random.Random(1)
+    for _ in range(300):
+        client, time_s = stream.randrange(12), stream.uniform(0, 3 * 86400 - 1)
+        assert after.is_available(client, time_s) == before.is_available(client, time_s)
+
+
+def test_made_up_traces_follow_from_the_seed() -> None:
+    assert generate(5, 2, seed=1).windows == generate(5, 2, seed=1).windows
+    assert generate(5, 2, seed=1).windows != generate(5, 2, seed=2).windows
+
+
+def test_office_hours_are_by_day_and_on_working_days() -> None:
+    trace = generate(50, 7, "office", seed=3).trace()
+    day = 86400.0
+    assert trace.share_available([12 * 3600.0])[0] > 0.8
+    assert trace.share_available([3 * 3600.0, 5 * day + 12 * 3600.0]) == [0.0, 0.0]
