@@ -91,7 +91,7 @@ def test_slora_continues_by_an_svd_on_the_base_as_it_was() -> None:
     done = fed.round()
     assert fed.server.base.version == -1
     assert not any(is_values(n) or is_index(n) for n in fed.server.adapter)
-    assert fed.server.rebase(done.updates[0]) is None  # of a stage that is over
+    assert fed.server.rebase(done.updates[0], done.jobs[0]) is None  # of a stage that is over
     change = {m: ideal_mean(done, m).numpy() for m in SHAPES}
     for job in fed.jobs(CLIENTS):
         for layer, matrix in change.items():

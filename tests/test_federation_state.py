@@ -241,11 +241,6 @@ def test_applying_counts_versions_and_notes_what_changed() -> None:
     assert server.changed == {"q.lora_A": 2, "v.lora_A": 2}
 
 
-def test_a_fresh_update_passes_rebase_untouched() -> None:
-    done = update()
-    assert started().rebase(done) is done
-
-
 # private state
 
 

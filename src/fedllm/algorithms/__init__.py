@@ -49,6 +49,8 @@ ALGORITHMS = Table(
         "fedyogi": Entry("fedllm.algorithms.fedyogi", "Yogi on the server"),
     },
 )
+SCHEDULES = ("sync", "buffered", "async", "semi-sync", "sequential")
+"""What `federation.schedule` may be."""
 OPTIMIZERS = ("fedprox", "scaffold", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
 """Algorithms that go with others, under `algorithm.optimizer`; alone they go with FedIT."""
 
@@ -94,6 +96,7 @@ def problems(
     *,
     mixed_rank: bool = False,
     local_optimizer: str = "sgd",
+    schedule: str = "sync",
 ) -> list[str]:
     """Return what is wrong with an algorithm's name and settings, one sentence each.
 
@@ -101,7 +104,8 @@ def problems(
         name: As under `algorithm.name`.
         settings: The keys beside the name, `optimizer` among them.
         mixed_rank: Whether clients have unequal ranks.
-        local_optimizer: What clients train with, as under `training.optimizer`; `sgd` is plain.
+        local_optimizer: As under `training.optimizer`; `sgd` is plain.
+        schedule: As under `federation.schedule`.
     """
     if name not in ALGORITHMS:
         return [f"algorithm.name: {unknown('algorithm', name, ALGORITHMS)}"]
@@ -114,11 +118,8 @@ def problems(
     cls = server_class(name, None if wrong else optimizer)
     wrong += _setting_problems(name, cls, own)
     if "scaffold" in (name, optimizer) and own.get("option") == "II" and local_optimizer != "sgd":
-        wrong.append(
-            f"algorithm.option: 'II' divides by the learning rate, which is right for plain sgd"
-            f" and not for {local_optimizer}; choose option I, or training.optimizer: sgd with"
-            f" training.momentum: 0"
-        )
+        wrong.append(_OPTION_II.format(local_optimizer))
+    wrong += _schedule_problems(name, cls, schedule)
     if mixed_rank and cls.mixed_rank == "unsupported":
         able = [other for other in ALGORITHMS if server_class(other).mixed_rank != "unsupported"]
         wrong.append(
@@ -126,6 +127,19 @@ def problems(
             f" or choose one of {', '.join(able)}"
         )
     return wrong
+
+
+_OPTION_II = (
+    "algorithm.option: 'II' divides by the learning rate, which is right for plain sgd and not for"
+    " {}; choose option I, or training.optimizer: sgd with training.momentum: 0"
+)
+
+
+def _schedule_problems(name: str, cls: type[BaseServer], schedule: str) -> list[str]:
+    why = cls.refused_schedules.get(schedule)
+    able = " or ".join(other for other in SCHEDULES if other not in cls.refused_schedules)
+    told = f"federation.schedule: '{schedule}' is not defined for '{name}': {why}; choose {able}"
+    return [told] if why else []
 
 
 def _pair_problems(name: str, optimizer: Any) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import itertools
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from fedllm.algorithms import ALGORITHMS, OPTIMIZERS, server_class, settings_of
+from fedllm.algorithms import ALGORITHMS, OPTIMIZERS, SCHEDULES, server_class, settings_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Description:
     is_personal: bool
     optimizers: tuple[str, ...]  # what `algorithm.optimizer` may be
     no_optimizer: str  # why it may be nothing; empty where it may be something
+    schedules: Mapping[str, str]  # likewise, why it is refused
     settings: Mapping[str, Mapping[str, Any]]  # name to `type` and `default`
     paper: str
 
@@ -30,8 +31,7 @@ def describe(name: str) -> Description:
     """Describe an algorithm; nothing heavy is imported."""
     cls = server_class(name)
     alone = "it is an optimiser itself" if name in OPTIMIZERS else cls.recoordinated
-    defaults = {f.name: f.default for f in fields(cls)}
-    kinds = {key: type_text(kind) for key, kind in settings_of(cls).items()}
+    kinds, defaults = settings_of(cls), {f.name: f.default for f in fields(cls)}
     return Description(
         name=name,
         summary=ALGORITHMS[name].summary,
@@ -39,22 +39,22 @@ def describe(name: str) -> Description:
         is_personal=cls.is_personal,
         optimizers=() if alone else OPTIMIZERS,
         no_optimizer=alone,
-        settings={k: {"type": kind, "default": defaults[k]} for k, kind in kinds.items()},
+        schedules={kind: cls.refused_schedules.get(kind, "") for kind in SCHEDULES},
+        settings={k: {"type": type_text(v), "default": defaults[k]} for k, v in kinds.items()},
         paper=_paper(inspect.getdoc(ALGORITHMS.load(name)) or ""),
     )
 
 
 def _paper(doc: str) -> str:
-    first, *others = doc.partition("\nPaper:")[2].splitlines() or [""]
-    more = itertools.takewhile(lambda line: line.startswith(" "), others)
-    return " ".join(line.strip() for line in (first, *more))
+    found = re.search(r"\nPaper:(.*(?:\n .*)*)", doc)
+    return " ".join(found[1].split()) if found else ""
 
 
 def type_text(kind: Any) -> str:
     """Return a type as a writer of YAML reads it."""
-    match get_origin(kind):
-        case origin if origin is Annotated:
-            return type_text(get_args(kind)[0])
-        case origin if origin in (Literal, Union, types.UnionType):
-            return " | ".join(type_text(member) for member in get_args(kind))
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return type_text(get_args(kind)[0])
+    if origin in (Literal, Union, types.UnionType):
+        return " | ".join(map(type_text, get_args(kind)))
     return "null" if kind in (None, type(None)) else getattr(kind, "__name__", str(kind))

@@ -10,7 +10,7 @@ one hop, and a cycle as many hops as there are clients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,6 +25,9 @@ class Server(BaseServer):
     """Walks through the clients."""
 
     is_random_cohort: ClassVar[bool] = False
+    refused_schedules: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("buffered", "async", "semi-sync"), "it passes one model from client to client"
+    )
 
     reshuffle: bool = False
     """Draw a new order for each cycle."""

@@ -27,6 +27,7 @@ class Server(BaseServer):
 
     mixed_rank: ClassVar[MixedRank] = "projected"
     recoordinated: ClassVar[str] = "its factors come out of an SVD every round"
+    late = "products"
 
     energy: Annotated[float, Field(gt=0, le=1)] = 0.99
     """tau: share of the squared singular values that factors and residual keep together."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fedllm.adapters import Adapter, alignment
+from fedllm.adapters import Adapter, alignment, lateness
 from fedllm.federation import BaseClient, BaseServer, Job, MixedRank, Update
 
 
@@ -34,10 +34,12 @@ class Server(BaseServer):
     variant: Literal["paper", "released"] = "paper"
     """Soft rotations, or hard ones that may reflect."""
 
-    def rebase(self, update: Update) -> Update | None:
-        """Turn a late update towards today's factors."""
-        late = turned(update.adapter, self.adapter, self.version, vars(self))
-        return replace(update, adapter=late)
+    def rebase(self, update: Update, job: Job) -> Update | None:
+        """Turn a late update and its start towards today's factors, and take the change."""
+        now = self.download(update.cid).adapter
+        sent, start = update.adapter, job.payload.adapter.select(update.adapter.__contains__)
+        late, then = (turned(one, now, self.version, vars(self)) for one in (sent, start))
+        return replace(update, adapter=lateness.change_onto(late, then.tensors, now.tensors))
 
 
 class Client(BaseClient):

@@ -26,6 +26,7 @@ class Server(BaseServer):
 
     mixed_rank: ClassVar[MixedRank] = "projected"
     recoordinated: ClassVar[str] = "its factors are refactored by SVD every round"
+    late = "products"
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Factor the weighted sum of products at the largest rank; average heads."""

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedllm.adapters import Adapter, algebra, fresh, is_head
-from fedllm.federation import BaseClient, BaseServer, ClientId, Job, MixedRank, Part, weighted
+from fedllm.federation import BaseClient, ClientId, FreshStartServer, Job, MixedRank, Part, weighted
 
 
 @dataclass(kw_only=True)
-class Server(BaseServer):
+class Server(FreshStartServer):
     """Merges the stack of all updates."""
 
     mixed_rank: ClassVar[MixedRank] = "exact"

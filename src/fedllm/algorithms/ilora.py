@@ -7,8 +7,7 @@ Box:   Q R = qr(W): B = Q[:, :r], A = R[:r], on the base W - s B A for the whole
        gradients are corrected by c - c_k, c_k the full gradient at the download.
 Fields: the shifted base is W and the frozen path `shift` of scaling -s; c travels as an extra.
 Evidence: authors' code read, which leaves s_k out of dW (right only if all are equal), divides
-summed batch means by n and rescales the start. A QR that is cut off is no best approximation:
-`split: svd`.
+summed batch means by n and rescales the start. A QR cut off is no best fit: `split: svd`.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ class Server(ControlServer):
 
     mixed_rank: ClassVar[MixedRank] = "projected"
     recoordinated: ClassVar[str] = "its factors come out of a QR every round"
+    late = "products"
     split: Literal["qr", "svd"] = "qr"
     """How the average product is factored."""
     controls: bool = True

@@ -21,6 +21,7 @@ from fedllm.federation import (
     ControlClient,
     ControlServer,
     Engine,
+    Job,
     SharedPass,
     StepServer,
     controls,
@@ -40,6 +41,10 @@ class Server(StepServer, ControlServer):
 
 class Client(ControlClient):
     """Corrects its gradients by c - c_k."""
+
+    def takes_gradient(self, job: Job) -> bool:
+        """Option II needs none."""
+        return bool(job.settings["option"] == "I")
 
     async def renewed(self, done: SharedPass, engine: Engine) -> Mapping[str, Tensor]:
         """Return c_k+ by the option that is set."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from fedllm.adapters.wire import WIRE
 from fedllm.algorithms import ALGORITHMS
 from fedllm.algorithms.catalog import Description, describe
+from fedllm.config import AnySchedule
+from fedllm.config.profiles import DEVICES, LINKS
+from fedllm.config.worlds import SUMMARIES, WORLDS
 from fedllm.data import PARTITIONS
 from fedllm.data.builtin import BUILTIN_DATASETS
 from fedllm.evaluation import BY_TASK, METRICS
@@ -41,6 +44,7 @@ def _algorithm_row(found: Description) -> Row:
         "personal": found.is_personal,
         "optimizers": list(found.optimizers),
         "no_optimizer": found.no_optimizer,
+        "schedules": dict(found.schedules),
         "settings": found.settings,
         "paper": found.paper,
     }
@@ -71,6 +75,49 @@ def _robust() -> Sequence[Row]:
     return [{"name": name, "what": entry.summary} for name, entry in ROBUST.items()]
 
 
+def _schedules() -> Sequence[Row]:
+    rows = []
+    for kind in get_args(AnySchedule):
+        (name,) = get_args(kind.model_fields["name"].annotation)
+        reasons = {n: describe(n).schedules[name] for n in ALGORITHMS}
+        what = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
+        refused = {n: why for n, why in reasons.items() if why}
+        rows.append({"name": name, "what": what, "not_for": [*refused], "reasons": refused})
+    return rows
+
+
+def _devices() -> Sequence[Row]:
+    return [
+        {
+            "name": name,
+            "what": f"{p.tflops:g} TFLOP/s at {p.utilization:.0%}, {p.memory_gb:g} GB,"
+            f" {p.train_w:g} W",
+            "profile": p.model_dump(),
+        }
+        for name, p in DEVICES.items()
+    ]
+
+
+def _links() -> Sequence[Row]:
+    return [
+        {
+            "name": name,
+            "what": f"{_rates(p.downlink_mbps)} down, {_rates(p.uplink_mbps)} up,"
+            f" {p.latency_ms:g} ms",
+            "profile": p.model_dump(),
+        }
+        for name, p in LINKS.items()
+    ]
+
+
+def _rates(rate: Any) -> str:
+    return f"{rate.low:g} to {rate.high:g} Mbit/s"
+
+
+def _worlds() -> Sequence[Row]:
+    return [{"name": n, "what": text, "system": WORLDS[n]} for n, text in SUMMARIES.items()]
+
+
 SUBJECTS: Mapping[str, Callable[[], Sequence[Row]]] = {
     "models": _models,
     "datasets": _datasets,
@@ -79,5 +126,9 @@ SUBJECTS: Mapping[str, Callable[[], Sequence[Row]]] = {
     "partitions": _partitions,
     "codecs": _codecs,
     "robust": _robust,
+    "schedules": _schedules,
+    "devices": _devices,
+    "links": _links,
+    "worlds": _worlds,
 }
 """What can be listed; each row has a `name` and `what` it is."""

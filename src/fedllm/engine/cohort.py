@@ -120,7 +120,8 @@ class Cohort:
         )
 
     def _rate(self, request: FitRequest, step: int) -> float:
-        return request.job.learning_rate * self.plan.step_factor(step, request.job.steps)
+        job = request.job
+        return job.learning_rate * self.plan.step_factor(step, job.planned_steps or job.steps)
 
     def _accumulate(self, step: int, batches: Sequence[np.ndarray]) -> None:
         """Add up the gradients of all passes over these rows of each client."""

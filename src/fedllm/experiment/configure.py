@@ -72,7 +72,13 @@ def _algorithm_problems(tree: Mapping[str, Any]) -> list[str]:
         settings,
         mixed_rank=mixed,
         local_optimizer=_local_optimizer(_section(tree, "training")),
+        schedule=_schedule(_section(tree, "federation")),
     )
+
+
+def _schedule(federation: Mapping[str, Any]) -> str:
+    given = federation.get("schedule", "sync")
+    return str(given.get("name", "sync") if isinstance(given, Mapping) else given)
 
 
 def _local_optimizer(training: Mapping[str, Any]) -> str:

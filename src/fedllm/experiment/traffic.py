@@ -77,15 +77,14 @@ def untrained_loop(
         heads: Tensors of a classification head.
         sizes: Training rows of each client.
         engine: What serves the fits; by default clients end where they start.
-        ranks: Of the clients; by default as the configuration says, without devices.
+        ranks: Of the clients; by default as configured.
     """
-    server, client = algorithms.make(
-        config.algorithm.name, config.algorithm.settings, config.adapter.head
-    )
+    chosen, head = config.algorithm, config.adapter.head
+    server, client = algorithms.make(chosen.name, chosen.settings, head)
     server.start(
         _start(config, modules, heads),
         ranks or ranks_of(config, modules, sum(math.prod(shape) for shape in heads.values())),
-        config.adapter.head,
+        head,
         num_clients=config.federation.num_clients,
         rounds=config.federation.rounds,
         weight_of=lambda layer: _shaped(modules[layer]),

@@ -1,13 +1,7 @@
 """The protocol between server, clients, engine and executors."""
 
-from fedllm.federation.base import (
-    BaseClient,
-    BaseServer,
-    HeadPolicy,
-    MixedRank,
-    visible,
-    weighted,
-)
+from fedllm.federation.base import NOBODY, BaseServer, MixedRank, weighted
+from fedllm.federation.client import BaseClient, HeadPolicy, visible
 from fedllm.federation.clusters import ClusteredServer
 from fedllm.federation.controls import (
     ControlClient,
@@ -17,6 +11,7 @@ from fedllm.federation.controls import (
     is_own_pass,
 )
 from fedllm.federation.expert_paths import ExpertClient, ExpertServer
+from fedllm.federation.fresh_start import FreshStartServer
 from fedllm.federation.late_bases import LateBasisServer
 from fedllm.federation.local_path import (
     LOCAL,
@@ -40,6 +35,7 @@ __all__ = [
     "CLUSTER",
     "LEAF",
     "LOCAL",
+    "NOBODY",
     "PERSONAL",
     "ROOT",
     "BaseClient",
@@ -55,6 +51,7 @@ __all__ = [
     "ExpertServer",
     "FitRequest",
     "FitResult",
+    "FreshStartServer",
     "HeadPolicy",
     "Job",
     "LateBasisServer",

@@ -1,32 +1,46 @@
-"""The two classes an algorithm overrides: by default they are FedIT (FedAvg on A, B and head)."""
+"""The server class that an algorithm overrides: by default it is FedIT (FedAvg on A, B, head)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from fedllm.adapters import Adapter, BaseDelta, Product, algebra, is_head, is_note, layer_of
+from fedllm.adapters import (
+    Adapter,
+    BaseDelta,
+    Product,
+    algebra,
+    is_head,
+    lateness,
+    layer_of,
+)
 from fedllm.adapters.wire_formats import AS_IS, WireCodec
-from fedllm.federation.messages import ClientId, FitResult, Job, Part, Payload, Update
-from fedllm.federation.protocols import Engine
+from fedllm.federation.client import HeadPolicy, held
+from fedllm.federation.messages import ClientId, Job, Part, Payload, Update
 from fedllm.system import RankRule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     from torch import Tensor
 
 MixedRank = Literal["exact", "projected", "padded", "unsupported"]
-HeadPolicy = Literal["shared", "local", "frozen"]
+NOBODY: ClientId = -1
+"""Client of an update that stands for today's model."""
+EVERYONE_AT_ONCE = "some of its rounds ask everyone at once"
+"""Why an algorithm goes with rounds of all clients only."""
 WeightOf = Callable[[str], "Tensor"]
 """The base weight (out, in) of a layer, in fp32."""
 
 
 def _no_weights(layer: str) -> Tensor:
     raise LookupError(f"nobody has told the server the base weight of {layer}")
+
+
+def together_only(why: str) -> Mapping[str, str]:
+    """Return the schedules that are refused to an algorithm that needs whole rounds, and why."""
+    return dict.fromkeys(("buffered", "async", "semi-sync", "sequential"), why)
 
 
 @functools.cache
@@ -49,6 +63,10 @@ class BaseServer:
     recoordinated: ClassVar[str] = ""
     """Why tensors of two rounds or two clients cannot be subtracted from each other; empty where
     they can, so that optimisers, robust means, top-k and privacy are defined."""
+    late: ClassVar[Literal["factors", "products"]] = "factors"
+    """What of a late update is put onto today's model: the change of factors or of products."""
+    refused_schedules: ClassVar[Mapping[str, str]] = {}
+    """Schedule to the reason why it is not defined for this algorithm."""
     has_mean: ClassVar[bool] = True
     """Whether what clients trained has a mean that aggregation aims at (`agg_error`)."""
     is_random_cohort: ClassVar[bool] = True
@@ -152,9 +170,35 @@ class BaseServer:
         """Return how much an update counts, before weights are made to sum to 1."""
         return float(update.num_samples) if self.weights == "samples" else 1.0
 
-    def rebase(self, update: Update) -> Update | None:
-        """Bring a stale update into today's coordinates; None drops it."""
-        return update
+    def rebase(self, update: Update, job: Job) -> Update | None:
+        """Bring a late update into today's coordinates; None drops it.
+
+        By default, and where factors cannot be subtracted (`late`), what its client changed is put
+        onto what that client would download today.
+
+        Args:
+            update: What its client made of an earlier version.
+            job: What it answers; its payload is what the client started from.
+        """
+        start = job.payload.adapter
+        if self.late == "products":
+            whole = lateness.products_onto(update.adapter, start, self.adapter)
+            return replace(update, adapter=whole)
+        now = self.download(update.cid).adapter
+        changed = lateness.change_onto(update.adapter, start.tensors, now.tensors)
+        return replace(update, adapter=changed)
+
+    def heads_rebased(self, update: Update, job: Job) -> Update:
+        """Bring what is trained in full up to date, and leave the rest as it is."""
+        start, now = job.payload.adapter.tensors, self.adapter.tensors
+        heads = lateness.change_onto(update.adapter.select(is_head), start, now)
+        return replace(update, adapter=update.adapter.overlaid(heads.tensors))
+
+    def present(self, parts: Sequence[Part]) -> Update:
+        """Return today's model as a participant: the tensors that the others sent."""
+        sent = {name for part in parts for name in part.update.adapter}
+        now = self.adapter.select(sent.__contains__)
+        return Update(NOBODY, self.version, now, num_samples=0, num_steps=0, stage=self.stage)
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Make the next global state from one or more weighted updates."""
@@ -196,82 +240,6 @@ class BaseServer:
         return Payload(self.version, own, base=self.base)
 
 
-class BaseClient:
-    """Client side of an algorithm: behaviour only, no data, no weights, no identity.
-
-    Args:
-        head: What happens to tensors trained in full.
-    """
-
-    def __init__(self, head: HeadPolicy = "shared") -> None:
-        self.head = head
-
-    def trainable(self, name: str, job: Job) -> bool:
-        """Tell whether a tensor is trained; it gets no gradient and no decay otherwise."""
-        return not (is_head(name) and self.head == "frozen")
-
-    def shared(self, name: str, job: Job) -> bool:
-        """Tell whether a tensor is uploaded: by default what is trainable and not kept."""
-        return self.trainable(name, job) and not self.kept(name, job)
-
-    def kept(self, name: str, job: Job) -> bool:
-        """Tell whether a tensor stays with the client: by default only a local head."""
-        return is_head(name) and self.head == "local"
-
-    def extra_names(self, job: Job) -> Iterable[str]:
-        """Return the tensors beside which something else is uploaded, of the same size."""
-        return ()
-
-    def num_passes(self, job: Job, rows_per_step: int) -> float:
-        """Return how many times `job.steps` steps are trained, for the cost model."""
-        return 1.0
-
-    def penalty(self, live: Mapping[str, Tensor], job: Job) -> Tensor | None:
-        """Return a differentiable term added to the task loss, from the trainable tensors."""
-        return None
-
-    def correct(self, grads: Mapping[str, Tensor], job: Job) -> Mapping[str, Tensor] | None:
-        """Return changed gradients of the trainable tensors, or None to leave them."""
-        return None
-
-    def start(self, job: Job) -> Adapter:
-        """Return the adapter training starts from: the download, private tensors over it."""
-        return held(job.payload.adapter, job.state)
-
-    def finish(self, trained: Adapter, job: Job) -> Adapter:
-        """Return what is uploaded of the trained adapter."""
-        return trained.select(lambda name: self.shared(name, job))
-
-    async def run(self, job: Job, engine: Engine) -> Update:
-        """Train once and return what is shared; what is kept goes into the private state."""
-        result = await engine.fit(job, self.start(job), self)
-        return self.update(result, job)
-
-    def update(self, result: FitResult, job: Job) -> Update:
-        """Divide what was trained into what is sent and what is kept."""
-        kept = result.adapter.select(lambda name: self.kept(name, job))
-        return Update(
-            cid=job.cid,
-            version=job.version,
-            stage=job.stage,
-            adapter=self.finish(result.adapter, job),
-            num_samples=job.num_samples,
-            num_steps=result.num_steps,
-            state=dict(kept.tensors),
-            metrics=result.metrics,
-        )
-
-
 def weighted(parts: Sequence[Part]) -> list[tuple[float, Adapter]]:
     """Return weights and adapters of the parts, as the algebra takes them."""
     return [(part.weight, part.update.adapter) for part in parts]
-
-
-def held(adapter: Adapter, state: Mapping[str, Tensor]) -> Adapter:
-    """Lay private tensors over an adapter: not the notes, nor what an earlier stage kept."""
-    return adapter.overlaid({name: t for name, t in state.items() if name in adapter})
-
-
-def visible(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the private tensors that are part of the model, not notes beside it."""
-    return {name: tensor for name, tensor in state.items() if not is_note(name)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fedllm.federation.base import together_only
 from fedllm.federation.messages import ClientId
 from fedllm.federation.stages import StagedServer
 
@@ -16,6 +17,9 @@ class ClusteredServer(StagedServer):
     """A server that knows each client's cluster, once there are any."""
 
     is_personal: ClassVar[bool] = True
+    refused_schedules: ClassVar[Mapping[str, str]] = together_only(
+        "its clusters are found from everyone's updates of one round"
+    )
 
     members: dict[ClientId, int] = field(default_factory=dict, init=False)
     """Client to its cluster; empty until clusters are found."""

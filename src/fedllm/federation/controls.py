@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedllm.adapters import Adapter, linear, note
-from fedllm.federation.base import BaseClient, BaseServer
+from fedllm.federation.base import BaseServer
+from fedllm.federation.client import BaseClient
 from fedllm.federation.local_path import LOCAL
 from fedllm.federation.messages import ClientId, FitResult, Job, Part, Payload, Update
 from fedllm.federation.protocols import Engine, FitRequest, Progress
@@ -121,6 +122,17 @@ class ControlClient(BaseClient):
         if is_own_pass(job):
             return own
         return linear.subtract(linear.add(found, job.payload.extra), controls(job))
+
+    def num_passes(self, job: Job, rows_per_step: int) -> float:
+        """Add the gradient over the whole shard that renews c_k."""
+        trained = super().num_passes(job, rows_per_step)
+        if not job.payload.extra or not self.takes_gradient(job):
+            return trained
+        return trained + job.num_samples / max(job.steps * rows_per_step, 1)
+
+    def takes_gradient(self, job: Job) -> bool:
+        """Tell whether c_k is renewed by a gradient over the whole shard."""
+        return True
 
     async def renewed(self, done: SharedPass, engine: Engine) -> Mapping[str, Tensor]:
         """Return c_k+: by default the gradient over the whole shard at the download (option I)."""

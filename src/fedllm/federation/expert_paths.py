@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from fedllm.adapters import experts, is_head, is_router, slot_of
-from fedllm.federation.base import BaseClient, weighted
+from fedllm.federation.base import weighted
+from fedllm.federation.client import BaseClient
 from fedllm.federation.clusters import ClusteredServer
 from fedllm.federation.messages import ClientId, Job, Part, Payload
 

@@ -23,7 +23,8 @@ from fedllm.adapters import (
     name_values,
 )
 from fedllm.adapters.measure import difference_norm
-from fedllm.federation.base import BaseServer, visible
+from fedllm.federation.base import BaseServer
+from fedllm.federation.client import visible
 from fedllm.federation.messages import Job, Part
 
 if TYPE_CHECKING:

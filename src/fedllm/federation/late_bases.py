@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from fedllm.adapters import Adapter, alignment, is_a
+from fedllm.adapters import alignment, is_a, lateness
 from fedllm.federation.base import BaseServer
-from fedllm.federation.messages import ClientId, Part, Update
-
-_REMEMBERED = 8
-"""How many versions late an update may be."""
+from fedllm.federation.messages import ClientId, Job, Update
 
 
 @dataclass(kw_only=True)
 class LateBasisServer(BaseServer):
-    """Remembers A of the last versions, and sends A again only when it has changed."""
-
-    past: dict[int, Adapter] = field(default_factory=dict, init=False)
-    """A of the last versions, which late clients have trained with."""
+    """Sends A again only when it has changed, and brings late changes of B to today's A."""
 
     def is_known(self, name: str, cid: ClientId) -> bool:
         """A travels when it has changed since the client's last download."""
         return (is_a(name) and self.is_unchanged(name, cid)) or super().is_known(name, cid)
 
-    def rebase(self, update: Update) -> Update | None:
-        """Bring a late B to today's A, B A_then A_now^+; drop one older than what is remembered."""
-        if update.version == self.version:
-            return update
-        then = self.past.get(update.version)
-        if then is None:
-            return None
-        return replace(update, adapter=alignment.onto_basis(update.adapter, then, self.adapter))
-
-    def aggregate(self, parts: Sequence[Part]) -> None:
-        """Average, and remember the A that was trained with."""
-        recent = {v: a for v, a in self.past.items() if v > self.version - _REMEMBERED}
-        self.past = {**recent, self.version: self.adapter.select(is_a)}
-        super().aggregate(parts)
+    def rebase(self, update: Update, job: Job) -> Update | None:
+        """Put a late change of B onto today's: B_now + (B - B_then) A_then A_now^+."""
+        start, now = job.payload.adapter, self.download(update.cid).adapter
+        nothing = {name: start[name] * 0.0 for name in update.adapter}
+        change = lateness.change_onto(update.adapter, start.tensors, nothing)
+        brought = alignment.onto_basis(change, start, now)
+        return replace(update, adapter=lateness.change_onto(brought, nothing, now.tensors))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from fedllm.adapters import Adapter, algebra, fresh, slot_of
-from fedllm.federation.base import BaseClient, BaseServer
+from fedllm.federation.base import BaseServer
+from fedllm.federation.client import BaseClient
 from fedllm.federation.messages import ClientId, Job, Mix, Payload, Update
 from fedllm.federation.protocols import Engine
 
@@ -86,6 +87,10 @@ class LocalPathClient(BaseClient):
     def passes(self, job: Job) -> Sequence[str]:
         """Return the passes of a job in order: `LOCAL` for the local path, "" for the global."""
         return (LOCAL, "")
+
+    def num_passes(self, job: Job, rows_per_step: int) -> float:
+        """Return how many paths are trained."""
+        return float(len(self.passes(job)))
 
     def active(self, held: Adapter, job: Job) -> Adapter:
         """Return the paths that a pass runs with, and their weights: by default both."""

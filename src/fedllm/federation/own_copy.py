@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from fedllm.adapters import slot_of
-from fedllm.federation.base import BaseClient, BaseServer
+from fedllm.federation.base import BaseServer
+from fedllm.federation.client import BaseClient
 from fedllm.federation.messages import ClientId, Job, Payload, Update
 from fedllm.federation.protocols import Engine
 from fedllm.federation.stages import PERSONAL
@@ -49,6 +50,10 @@ class OwnCopyClient(BaseClient):
     def kept(self, name: str, job: Job) -> bool:
         """The copy never leaves the client."""
         return slot_of(name) == PERSONAL or super().kept(name, job)
+
+    def num_passes(self, job: Job, rows_per_step: int) -> float:
+        """Return one for the global model and one for the copy."""
+        return 2.0
 
     async def run(self, job: Job, engine: Engine) -> Update:
         """Do both passes over the same batches; figures are those of the global one, steps of both.

@@ -12,7 +12,7 @@ from fedllm.federation.messages import ClientId, FitResult, Job, Update
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedllm.federation.base import BaseClient
+    from fedllm.federation.client import BaseClient
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from pydantic import Field
 
-from fedllm.adapters import Adapter, algebra, pruning
-from fedllm.federation.base import BaseClient, BaseServer, weighted
-from fedllm.federation.messages import ClientId, Job, Part, Payload
+from fedllm.adapters import Adapter, algebra, lateness, pruning
+from fedllm.federation.base import NOBODY, BaseServer, weighted
+from fedllm.federation.client import BaseClient
+from fedllm.federation.messages import ClientId, Job, Part, Payload, Update
 
 
 @dataclass(kw_only=True)
@@ -31,8 +32,16 @@ class PrunedRankServer(BaseServer):
 
     def noted(self, parts: Sequence[Part]) -> list[tuple[float, Adapter]]:
         """Remember the ranks that were sent; return weights and adapters."""
-        self.pruned = {**self.pruned, **{update.cid: update.adapter.rank for _, update in parts}}
+        for _, update in parts:
+            if update.cid != NOBODY and update.version == self.version:
+                self.pruned = {**self.pruned, update.cid: update.adapter.rank}
         return weighted(parts)
+
+    def rebase(self, update: Update, job: Job) -> Update | None:
+        """Remember the rank that was sent; what a late client lacks stays as it is."""
+        self.pruned = {**self.pruned, update.cid: update.adapter.rank}
+        start, now = job.payload.adapter.tensors, self.adapter.tensors
+        return replace(update, adapter=lateness.change_onto(update.adapter, start, now))
 
 
 class PrunedRankClient(BaseClient):

@@ -17,8 +17,9 @@ from fedllm.adapters import (
     is_router,
     slot_of,
 )
-from fedllm.federation.base import BaseClient, BaseServer
-from fedllm.federation.messages import ClientId, Job, Part, Payload
+from fedllm.federation.base import NOBODY, BaseServer
+from fedllm.federation.client import BaseClient
+from fedllm.federation.messages import ClientId, Job, Part, Payload, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,11 +58,17 @@ class RestPathServer(BaseServer):
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Replace what each client sent last, in the server's scaling; average heads."""
         for _, update in parts:
+            if update.cid == NOBODY:
+                continue
             sent = algebra.mean([(1.0, update.adapter.body)], self.adapter)
             _, before = self.pool.members.get(update.cid, (0.0, self._own))
             latest = before.overlaid(sent)
             self.pool = self.pool.with_member(update.cid, self.weight(update), latest)
         self.average_heads(parts)
+
+    def rebase(self, update: Update, job: Job) -> Update | None:
+        """A late own path is the latest all the same; heads are brought up to date."""
+        return self.heads_rebased(update, job)
 
     def view(
         self, cid: ClientId | None = None, state: Mapping[str, Tensor] | None = None

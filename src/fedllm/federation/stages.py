@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedllm.federation.base import BaseServer
-from fedllm.federation.messages import ClientId, Update
+from fedllm.federation.base import EVERYONE_AT_ONCE, BaseServer, together_only
+from fedllm.federation.messages import ClientId, Job, Update
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,9 +31,9 @@ class StagedServer(BaseServer):
         """Choose everyone where the stage asks for that."""
         return list(pool) if self.is_whole else super().sample(pool, count, rng)
 
-    def rebase(self, update: Update) -> Update | None:
+    def rebase(self, update: Update, job: Job) -> Update | None:
         """Drop what an earlier stage asked for."""
-        return update if update.stage == self.stage else None
+        return super().rebase(update, job) if update.stage == self.stage else None
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,7 @@ class RestingServer(StagedServer):
     """A server whose global model rests in the last rounds, while everyone trains its own."""
 
     is_personal: ClassVar[bool] = True
+    refused_schedules: ClassVar[Mapping[str, str]] = together_only(EVERYONE_AT_ONCE)
 
     @property
     def rest_rounds(self) -> int:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from fedllm.adapters import Adapter, algebra, clustering, fresh, in_slot, is_head, slot_of
-from fedllm.federation.base import BaseClient, weighted
+from fedllm.federation.base import weighted
+from fedllm.federation.client import BaseClient
 from fedllm.federation.clusters import ClusteredServer
 from fedllm.federation.messages import ClientId, Job, Part, Payload
 

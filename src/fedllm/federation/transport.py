@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from fedllm.adapters import note
 from fedllm.adapters.wire import codec_for, send_change
 from fedllm.adapters.wire_formats import AS_IS, WireCodec
-from fedllm.federation.base import BaseClient, BaseServer
+from fedllm.federation.base import BaseServer
+from fedllm.federation.client import BaseClient
 from fedllm.federation.messages import Job, Payload, Update
 
 if TYPE_CHECKING:

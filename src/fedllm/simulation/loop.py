@@ -23,7 +23,7 @@ from fedllm.federation import (
     Plan,
 )
 from fedllm.federation.fidelity import aggregation_error
-from fedllm.federation.staleness import fresh_parts
+from fedllm.federation.staleness import fresh_parts, is_mean
 from fedllm.simulation import snapshot
 from fedllm.simulation.events import NOBODY, Event, EventKind, EventQueue
 from fedllm.simulation.fleet import AtWindowClose, Fleet
@@ -253,10 +253,10 @@ class Loop:
             self._dismiss("deadline" if own.is_due else "surplus", group)
         if is_last:
             self._dismiss("unfinished")
-        begin = time.perf_counter()
+        begin, has_ideal = time.perf_counter(), is_mean(self.server, sent)
         self.server.apply(self._parts(own, sent))
         middle = time.perf_counter()
-        agg_error = aggregation_error(self.server, sent, self.answered)
+        agg_error = aggregation_error(self.server, sent, self.answered) if has_ideal else None
         for update in own.arrived:
             del self.answered[update.cid]
         if group is not None:

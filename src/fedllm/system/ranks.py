@@ -188,27 +188,15 @@ def rank_rule(
     if isinstance(rank, RankTiers):
         counts = apportion([tier.share for tier in rank.tiers], num_clients)
         return TierRule(choices, seed, counts=counts)
-    if isinstance(rank, RankMemory) and rank.budget_mb == "device":
+    if isinstance(rank, RankMemory):
+        sizes = {"rank_parameters": rank_parameters, "head_parameters": head_parameters}
+        if rank.budget_mb != "device":
+            return MemoryRule(choices, seed, budget_mb=rank.budget_mb, **sizes)
         if left_bytes is None:
             raise ConfigError(
                 ["adapter.rank.budget_mb: `device` needs devices; set mode: realistic and system"]
             )
-        return DeviceRule(
-            choices,
-            seed,
-            left_bytes=left_bytes,
-            rank_parameters=rank_parameters,
-            head_parameters=head_parameters,
-        )
-    if isinstance(rank, RankMemory):
-        assert rank.budget_mb != "device"
-        return MemoryRule(
-            choices,
-            seed,
-            budget_mb=rank.budget_mb,
-            rank_parameters=rank_parameters,
-            head_parameters=head_parameters,
-        )
+        return DeviceRule(choices, seed, left_bytes=left_bytes, **sizes)
     return WeightedRule(choices, seed, weights=tuple(rank.weights))
 
 

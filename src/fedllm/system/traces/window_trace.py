@@ -44,7 +44,7 @@ class WindowTrace:
             *(self.opens, self.closes, self.offsets),
             *(self.starts, self.periods),
         )
-        views = tuple(memoryview(np.ascontiguousarray(array)) for array in arrays)
+        views = tuple(np.ascontiguousarray(array).data for array in arrays)
         object.__setattr__(self, "_views", views)
 
     @property
@@ -138,13 +138,11 @@ class WindowTrace:
             span_s: What the trace covers, from 0.
             wraps: Whether it comes again after that.
             coverage: Client to the stretch in which something is known of it; absent: all.
-            unknown: A client is not there outside of its coverage, or is there, or its coverage
-                comes again and again.
+            unknown: What holds outside of it; `wrap` lets it come again and again.
             source: What the trace was made of.
         """
-        opens: list[float] = []
-        closes: list[float] = []
-        offsets, starts, periods = [0], list[float](), list[float]()
+        opens, closes, starts, periods = (list[float]() for _ in range(4))
+        offsets = [0]
         for name, own in windows.items():
             low, high = (coverage or {}).get(name, (0.0, span_s))
             merged = merge(own)
@@ -156,16 +154,10 @@ class WindowTrace:
             offsets.append(len(opens))
             starts.append(low if is_own_turn else 0.0)
             periods.append(high - low if is_own_turn else span_s if wraps else math.inf)
-        return cls(
-            names=list(windows),
-            opens=np.array(opens, np.float64),
-            closes=np.array(closes, np.float64),
-            offsets=np.array(offsets, np.int64),
-            starts=np.array(starts, np.float64),
-            periods=np.array(periods, np.float64),
-            span_s=span_s,
-            source=source,
-        )
+        ends, period = np.array(closes, np.float64), np.array(periods, np.float64)
+        first, place = np.array(starts, np.float64), np.array(offsets, np.int64)
+        begins = np.array(opens, np.float64)
+        return cls(list(windows), begins, ends, place, first, period, span_s, source)
 
     @classmethod
     def load(cls, path: Path) -> WindowTrace:
