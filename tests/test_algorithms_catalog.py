@@ -85,6 +85,7 @@ def test_json_holds_all_that_is_known() -> None:
             "what": found.summary,
             "mixed_rank": found.mixed_rank,
             "personal": found.is_personal,
+            "async": not found.schedules["async"],
             "optimizers": list(found.optimizers),
             "no_optimizer": found.no_optimizer,
             "schedules": dict(found.schedules),
@@ -103,13 +104,13 @@ def test_the_list_fits_in_a_hundred_columns_and_cuts_nothing_off() -> None:
     assert max(map(len, lines)) <= 100
     assert "…" not in text
     head = next(line for line in lines if line.strip())
-    assert head.split() == ["name", "what", "mixed", "rank", "personal", "schedules"]
+    assert head.split() == ["name", "what", "mixed", "rank", "personal", "async"]
     for name, entry in ALGORITHMS.items():
         found = describe(name)
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert entry.summary in line
-        goes = "rounds" if any(found.schedules.values()) else "any"
-        personal = "yes" if found.is_personal else "no"
-        assert line.split()[-3:] == [found.mixed_rank, personal, goes]
+        told = (found.is_personal, not found.schedules["async"])
+        yes = ["yes" if given else "no" for given in told]
+        assert line.split()[-3:] == [found.mixed_rank, *yes]
     assert "residual_rank: int | null (default null)" in text
     assert "controls: bool (default true)" in text

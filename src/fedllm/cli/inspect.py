@@ -30,7 +30,16 @@ _VIEWS: Mapping[str, tuple[str, ...]] = {
     "personal mean": ("personal", "mean"),
     "personal worst 10 %": ("personal", "worst_10"),
 }
-_FOR_JSON = {"settings", "optimizers", "no_optimizer", "paper", "profile", "system", "reasons"}
+_FOR_JSON = {
+    "settings",
+    "optimizers",
+    "no_optimizer",
+    "paper",
+    "profile",
+    "system",
+    "reasons",
+    "schedules",
+}
 _MAIN_VIEWS = ("global", "personal mean")
 _MAX_CLIENTS = 20
 
@@ -75,8 +84,6 @@ def _default(value: Any) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, Mapping):  # schedules, to why they are refused
-        return "rounds" if any(value.values()) else "any"
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 

@@ -42,6 +42,7 @@ def _algorithm_row(found: Description) -> Row:
         "what": found.summary,
         "mixed_rank": found.mixed_rank,
         "personal": found.is_personal,
+        "async": not found.schedules["async"],
         "optimizers": list(found.optimizers),
         "no_optimizer": found.no_optimizer,
         "schedules": dict(found.schedules),
