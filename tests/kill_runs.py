@@ -3,7 +3,7 @@
 Started by `test_resume.py` as a process of its own, because only a process with one thread may be
 forked safely, and because a fork costs milliseconds where an import costs seconds. A process is
 killed by SIGKILL just before one of its moments: before it touches a file of the run (an audit
-hook counts those) or when it tells its progress.
+hook counts those), before an event in virtual time, or when it tells its progress.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from fedllm.config import Config
 from fedllm.experiment.run import resume, run
 from fedllm.results import plots
 from fedllm.seeding import rng
+from fedllm.simulation import Event, EventQueue
 
+POP = EventQueue.pop
 FILE_ACTS = {"open", "os.rename", "os.truncate", "os.mkdir", "os.remove", "os.rmdir"}
 
 
@@ -32,10 +34,18 @@ class Moments:
 
     def __init__(self, folder: Path, last: int) -> None:
         self.prefix, self.last, self.seen = str(folder), last, 0
+        self.events: dict[str, list[int]] = {}
+        """Kind of event to the moments just before one of it."""
 
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in FILE_ACTS and self.prefix in os.fsdecode(str(arguments[0])):
             self.pass_by()
+
+    def pop(self, queue: EventQueue) -> Event:
+        self.pass_by()
+        event = POP(queue)
+        self.events.setdefault(event.kind.name, []).append(self.seen)
+        return event
 
     def pass_by(self) -> None:
         self.seen += 1
@@ -77,7 +87,7 @@ def attempt(config: Config, last: int) -> bool:
 
     def work() -> None:
         moments = Moments(config.run_dir, last)
-        sys.addaudithook(moments.note)
+        watch_over(moments)
         if (config.run_dir / "config.yaml").exists():
             resume(config.run_dir, Dying(moments))
         else:
@@ -86,12 +96,17 @@ def attempt(config: Config, last: int) -> bool:
     return in_a_fork(work)
 
 
-def moments_of(config: Config) -> int:
-    """Return how many moments a whole run has."""
-    moments = Moments(config.run_dir, 0)
+def watch_over(moments: Moments) -> None:
     sys.addaudithook(moments.note)
+    EventQueue.pop = lambda queue: moments.pop(queue)
+
+
+def moments_of(config: Config) -> Moments:
+    """Return the moments of a whole run."""
+    moments = Moments(config.run_dir, 0)
+    watch_over(moments)
     run(config, Dying(moments))
-    return moments.seen
+    return moments
 
 
 def tell(config: Config) -> dict[str, Any]:
@@ -101,18 +116,21 @@ def tell(config: Config) -> dict[str, Any]:
     return {"records": texts, "digests": final_digests(config.run_dir), "temporary": temporary}
 
 
-def main(folder: Path, model: Path, data: Path, algorithm: str, runs: int) -> None:
+def main(folder: Path, model: Path, data: Path, algorithm: str, runs: int, more: list[str]) -> None:
     torch.set_num_threads(1)
     plots.plot_run = lambda directory: []
 
     def config(name: str) -> Config:
-        words = (f"name={name}", f"algorithm={algorithm}", "federation.rounds=3")
+        words = (f"name={name}", f"algorithm={algorithm}", "federation.rounds=3", *more)
         return small_config(folder, model, data, *words)
 
-    total = moments_of(config("whole"))
+    moments = moments_of(config("whole"))
+    total = moments.seen
     print(json.dumps({"moments": total, "kills": 0, **tell(config("whole"))}))
-    chosen = rng(0, "kills", algorithm).permutation(total) + 1
-    for number, first in enumerate(chosen[:runs].tolist()):
+    order = rng(0, "kills", algorithm).permutation(total) + 1
+    of_each_kind = [own[len(own) // 2] for own in moments.events.values()] if more else []
+    chosen = [*of_each_kind, *order[:runs].tolist()]
+    for number, first in enumerate(chosen):
         killed, last = config(f"killed-{number}"), first
         stream, kills = rng(1, "kills", algorithm, number), 0
         while not attempt(killed, last):
@@ -123,4 +141,5 @@ def main(folder: Path, model: Path, data: Path, algorithm: str, runs: int) -> No
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    places, (name, count, *words) = [Path(word) for word in sys.argv[1:4]], sys.argv[4:]
+    main(*places, name, int(count), words)

@@ -20,6 +20,7 @@ from fedllm.experiment import outputs as outputs_module
 from fedllm.experiment import run as run_module
 from fedllm.experiment.run import resume, run
 from fedllm.results import RunDir, plots
+from fedllm.simulation import EventKind
 
 TESTS = Path(__file__).parent
 KILLED_RUNS = 6
@@ -56,15 +57,33 @@ def assert_same_run(path: Path, other: Path) -> None:
 # by SIGKILL
 
 
+REALISTIC = (
+    "mode=realistic",
+    "federation.num_clients=4",
+    "federation.rounds=5",
+    "system.devices.of=raspberry-pi-5",
+    "system.links.of=4g",
+    "system.dropout.per_job=0.4",
+    "system.availability={kind: intermittent, on_s: 40, off_s: 20, distribution: constant}",
+    "system.time_scale=900",
+)
+BUFFERED = ("federation.schedule={name: buffered, size: 2, deadline_s: 30}",)
+PAUSING = ("federation.at_window_close=pause",)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["fedsa-lora", "flora"])
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [("fedsa-lora", ()), ("flora", ()), ("fedit", (*REALISTIC, *BUFFERED, *PAUSING))],
+    ids=["fedsa-lora", "flora", "realistic"],
+)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
-    algorithm: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    algorithm: str, more: tuple[str, ...], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = write_questions(tmp_path / "questions.jsonl")
     words = [str(tmp_path / "runs"), str(tiny_model("llama")), str(data), algorithm]
     done = subprocess.run(
-        [sys.executable, str(TESTS / "kill_runs.py"), *words, str(KILLED_RUNS)],
+        [sys.executable, str(TESTS / "kill_runs.py"), *words, str(KILLED_RUNS), *more],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -79,7 +98,12 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     assert done.returncode == 0, done.stderr[-4000:]
     undisturbed, *killed = [json.loads(line) for line in done.stdout.splitlines()]
     assert undisturbed["moments"] > 50
-    assert len(killed) == KILLED_RUNS
+    assert len(killed) >= KILLED_RUNS
+    if more:
+        events = undisturbed["records"]["events.jsonl"]
+        kinds = {json.loads(line)["event"] for line in events.splitlines()}
+        assert kinds >= {kind.name for kind in EventKind}
+        assert len(killed) == KILLED_RUNS + len(EventKind)
     assert sum(told["kills"] for told in killed) > KILLED_RUNS
     for told in killed:
         assert told["records"] == undisturbed["records"], told["moment"]

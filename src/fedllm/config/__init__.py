@@ -1,6 +1,7 @@
 """The configuration tree and the way from YAML to it. No torch here."""
 
 from fedllm.config.exchange import CommunicationConfig, Named, PrivacyConfig, UpdatesConfig
+from fedllm.config.execution import ExecutionConfig
 from fedllm.config.load import apply_overrides, dump, read, validate
 from fedllm.config.ranks import (
     BudgetRange,
@@ -64,6 +65,7 @@ __all__ = [
     "Diurnal",
     "DropoutConfig",
     "EvaluationConfig",
+    "ExecutionConfig",
     "FederationConfig",
     "Intermittent",
     "LinkProfile",

@@ -23,6 +23,16 @@ class _Dumper(yaml.SafeDumper):
     """Puts strings that `_Loader` would read as numbers in quotes."""
 
 
+_NAMED = {
+    ("algorithm",): "name",
+    ("federation", "schedule"): "name",
+    ("federation", "partition"): "name",
+    ("communication", "uplink"): "name",
+    ("communication", "downlink"): "name",
+    ("updates", "robust"): "name",
+    ("system", "availability"): "kind",
+}
+"""Where a bare word stands for a mapping, and the key that it is the value of."""
 _SCIENTIFIC = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
@@ -55,7 +65,29 @@ def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError([f"the top level must be a mapping, not a {_kind(tree)}"], str(path))
-    return apply_overrides(tree, overrides, str(path))
+    tree = apply_overrides(tree, overrides, str(path))
+    if isinstance(tree.get("system"), str):
+        tree["system"] = _system_file(path.parent, tree["system"])
+    return tree
+
+
+def _system_file(folder: Path, name: str) -> dict[str, Any]:
+    """Read a `sys.yaml` beside the configuration; paths inside it are as seen from there.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    path = Path(name) if Path(name).is_absolute() else folder / name
+    system = read(path)
+    for section, key in (
+        ("devices", "ai_benchmark"),
+        ("links", "measured"),
+        ("availability", "path"),
+    ):
+        part = system.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = str(path.parent / part[key])
+    return system
 
 
 def apply_overrides(
@@ -90,8 +122,8 @@ def _lay(tree: dict[str, Any], path: Sequence[str], value: Any) -> list[str]:
     node = tree
     for depth, part in enumerate(parents, start=1):
         child = node.get(part)
-        if isinstance(child, str) and parents == ["algorithm"]:
-            child = {"name": child}
+        if isinstance(child, str) and tuple(parents) in _NAMED:
+            child = {_NAMED[tuple(parents)]: child}
         if child is not None and not isinstance(child, dict):
             where = ".".join(path[:depth])
             return [f"{'.'.join(path)}: '{where}' is {child!r}, which has no keys inside"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from fedllm.config.exchange import CommunicationConfig, UpdatesConfig
+from fedllm.config.execution import ExecutionConfig
 from fedllm.config.ranks import Rank, ranks_in
 from fedllm.config.schedules import Schedule, SyncSchedule
 from fedllm.config.section import Section
@@ -254,8 +255,18 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     communication: CommunicationConfig = CommunicationConfig()
     updates: UpdatesConfig = UpdatesConfig()
+    execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _world_is_used(self) -> Config:
+        if self.mode == "prototype" and self.system != SystemConfig():
+            raise ValueError(
+                "system: devices, links and availability play no part in prototype mode; set mode:"
+                " realistic, or take system out"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -222,6 +222,8 @@ class SystemConfig(Section):
     availability: Availability = Always()
     """`always`, or a mapping with `kind`: `intermittent`, `diurnal` or `trace`."""
     dropout: DropoutConfig = DropoutConfig()
+    time_scale: PositiveFloat = 1.0
+    """Training and transfers take so many times as long: a small model stands for a larger one."""
     correlation: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
     """Of the speeds of devices and links: at 1 the slowest device has the slowest link."""
 

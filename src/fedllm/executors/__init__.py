@@ -1,5 +1,6 @@
 """Where jobs run."""
 
 from fedllm.executors.inline import InlineExecutor
+from fedllm.executors.workers import WorkerExecutor
 
-__all__ = ["InlineExecutor"]
+__all__ = ["InlineExecutor", "WorkerExecutor"]

@@ -16,6 +16,7 @@ from fedllm.data import Dataset, Partition, load_dataset, partition
 from fedllm.errors import DataError
 from fedllm.evaluation import Evaluator, Scope
 from fedllm.experiment.exchange import reception_of, transport_of
+from fedllm.experiment.execution import executor_of
 from fedllm.experiment.schedules import schedule_of
 from fedllm.experiment.world import left_bytes, or_ideal, too_small, without, world_of
 from fedllm.federation import BaseClient, BaseServer, Plan, Scorer
@@ -170,6 +171,17 @@ def build(config: Config, say: Say = lambda text: None) -> Parts:
     return Parts(config, dataset, shards, loaded, engine, server, client, loop, evaluator)
 
 
+def engine_of(config: Config) -> tuple[CohortEngine, BaseClient]:
+    """Load only what local training needs: for a worker process."""
+    from fedllm.models import load_tokenizer
+
+    dataset, shards = load_data(config, load_tokenizer(config.model))
+    loaded = load_base(config, dataset)
+    chosen, head = config.algorithm, config.adapter.head
+    _, client = algorithms.make(chosen.name, chosen.settings, head)
+    return _engine(config, dataset, shards, loaded), client
+
+
 def _engine(
     config: Config, dataset: Dataset, shards: Partition, loaded: LoadedModel
 ) -> CohortEngine:
@@ -225,7 +237,6 @@ def _loop(
     client: BaseClient,
     world: SimulatedWorld | None,
 ) -> Loop:
-    from fedllm.executors import InlineExecutor
     from fedllm.simulation import Loop
 
     federation = config.federation
@@ -234,7 +245,7 @@ def _loop(
         server=server,
         client=client,
         world=or_ideal(world),
-        executor=InlineExecutor(engine, client),
+        executor=executor_of(config, engine, client),
         plan=plan_of(config),
         population=population_of(engine.tokens, shards, excluded),
         seed=config.seed,
@@ -242,6 +253,8 @@ def _loop(
         reception=reception_of(config),
         selection=federation.selection,
         at_window_close=federation.at_window_close,
+        compute=config.execution.compute,
+        lost=config.execution.lost,
         time_limit_s=math.inf if federation.time_limit_s is None else federation.time_limit_s,
     )
 

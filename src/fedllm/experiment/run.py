@@ -18,6 +18,7 @@ from fedllm.errors import RunError
 from fedllm.evaluation import Evaluation
 from fedllm.experiment.configure import load_config
 from fedllm.experiment.exchange import epsilon_of
+from fedllm.experiment.execution import close_executor
 from fedllm.experiment.outputs import personal_clients, write_adapter
 from fedllm.experiment.parts import Parts, build
 from fedllm.federation import Codec, Update
@@ -128,8 +129,11 @@ class _Session:
             if parts.config.evaluation.every:
                 start = {"round": 0, "virtual_time_s": 0.0}
                 self._record(start, self._evaluate(0, is_last=False), {})
-        for made in parts.loop.run(rounds):
-            self._finish(made)
+        try:
+            for made in parts.loop.run(rounds):
+                self._finish(made)
+        finally:
+            close_executor(parts.loop.executor)
         self._draw()
 
     def _finish(self, made: Round) -> None:

@@ -46,18 +46,20 @@ class SimulatedWorld:
     def fit_s(self, cid: int, work: Work) -> float:
         """Return the seconds that local training takes."""
         device: Device = self.device(cid)
-        overhead_s = self.config.devices.overhead_s
-        return self.cost.fit_s(work, device.flops_per_s, device.bytes_per_s, overhead_s)
+        seconds = self.cost.fit_s(
+            work, device.flops_per_s, device.bytes_per_s, self.config.devices.overhead_s
+        )
+        return self.config.time_scale * seconds
 
     def download_s(self, cid: int, nbytes: int, time_s: float, sharing: int) -> float:
         """Return the seconds that receiving takes."""
-        place = self._place(cid)
-        return self.links.transfer_s("down", cid, place, nbytes, time_s, sharing)
+        place, scale = self._place(cid), self.config.time_scale
+        return scale * self.links.transfer_s("down", cid, place, nbytes, time_s, sharing)
 
     def upload_s(self, cid: int, nbytes: int, time_s: float, sharing: int) -> float:
         """Return the seconds that sending takes."""
-        place = self._place(cid)
-        return self.links.transfer_s("up", cid, place, nbytes, time_s, sharing)
+        place, scale = self._place(cid), self.config.time_scale
+        return scale * self.links.transfer_s("up", cid, place, nbytes, time_s, sharing)
 
     def drops_after_s(self, cid: int, job: int, busy_s: float) -> float:
         """Return after how many seconds of work a client leaves."""
