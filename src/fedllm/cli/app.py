@@ -11,6 +11,7 @@ from rich.console import Console
 
 import fedllm
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
+from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
 from fedllm.config import Config
 from fedllm.errors import FedLLMError, unknown
@@ -27,6 +28,8 @@ app = typer.Typer(
 )
 
 app.add_typer(trace_app, name="trace")
+app.command()(report)
+app.command()(compare)
 
 Words = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this at run time

@@ -138,7 +138,7 @@ def print_run(console: Console, run: RunDir, *, is_full: bool = True) -> None:
 
 def _exchange_lines(facts: Overview) -> list[str]:
     """Say how faithful the aggregation was, whom it refused, and what privacy was spent."""
-    lines = []
+    lines = _world_lines(facts)
     if facts.agg_error is not None and facts.last_agg_error is not None:
         mean, last = (
             f"{error:.2g}" if error >= 1e-12 else "0"
@@ -156,6 +156,16 @@ def _exchange_lines(facts: Overview) -> list[str]:
         lines.append(
             f"privacy: {told} at delta {facts.privacy['delta']:g}. {facts.privacy['reason']}"
         )
+    return lines
+
+
+def _world_lines(facts: Overview) -> list[str]:
+    """Say what passed in virtual time, and why the run ended if it did so early."""
+    lines = [f"ended early: {facts.ended}"] if facts.ended else []
+    if facts.virtual_s:
+        jobs = ", ".join(f"{count} {outcome}" for outcome, count in facts.outcomes.items())
+        told = f"virtual time {duration_text(facts.virtual_s)} · jobs: {jobs}"
+        lines.append(told + (f" · {facts.energy_j / 1e3:.3g} kJ" if facts.energy_j else ""))
     return lines
 
 

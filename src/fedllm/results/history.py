@@ -79,6 +79,11 @@ class History:
         """Return a metric of a view (see `VIEWS`)."""
         return self.series("eval", *VIEWS[view], metric)
 
+    def totals(self, *path: str) -> dict[int, float]:
+        """Return a quantity by round, only where it is known."""
+        found = self.series(*path)
+        return dict(zip(found.rounds, found.values, strict=True))
+
     def client_losses(self) -> list[tuple[int, list[float]]]:
         """Return round and training losses of its clients, for each round that trained."""
         rounds = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,13 +55,21 @@ class Overview:
     """The same in the last round in which it is known."""
     rejected: int
     """Updates that the server refused."""
+    virtual_s: float
+    """Virtual time at the end; 0 in prototype mode."""
+    energy_j: float
+    """Joules of all clients."""
+    outcomes: Mapping[str, int]
+    """How many jobs ended in which way, the most frequent first."""
+    ended: str
+    """Why the run ended before its last round, if it did."""
     privacy: Mapping[str, Any] | None
     """What may be claimed after the last round, if privacy was asked for."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether all planned rounds are done."""
-        return self.rounds_done >= self.rounds_planned
+        """Whether all planned rounds are done, or none will follow."""
+        return self.rounds_done >= self.rounds_planned or bool(self.ended)
 
 
 def overview(run: RunDir) -> Overview:
@@ -93,6 +102,10 @@ def overview(run: RunDir) -> Overview:
         agg_error=sum(errors) / len(errors) if errors else None,
         last_agg_error=errors[-1] if errors else None,
         rejected=sum(len(record.get("rejected", ())) for record in records),
+        virtual_s=max((r.get("virtual_time_s", 0.0) for r in records), default=0.0),
+        energy_j=sum(entry.get("energy_j", 0.0) for entry in ledger),
+        outcomes=dict(Counter(entry.get("outcome", "arrived") for entry in ledger).most_common()),
+        ended=next((r["ended"] for r in reversed(records) if r.get("ended")), ""),
         privacy=next((r["privacy"] for r in reversed(records) if r.get("privacy")), None),
     )
 
