@@ -26,7 +26,7 @@ def print_report(console: Console, report: Report) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
-    for name, text in (*_data(report), *_model(report), *_cost(report)):
+    for name, text in (*_data(report), *_model(report), *_cost(report), *_world(report)):
         facts.add_row(name, text)
     console.print(facts, highlight=False)
     console.print(_clients(report))
@@ -123,6 +123,27 @@ def _cost(report: Report) -> list[tuple[str, str]]:
             " counted on. It may be off by a factor of three.",
         ),
     ]
+
+
+def _world(report: Report) -> list[tuple[str, str]]:
+    """Tell realistic mode: when the server aggregates, and what clients have."""
+    config, world = report.config, report.world
+    if world is None:
+        return []
+    whole = world.looked_at
+    counted = [
+        ", ".join(f"{name} {count / whole:.0%}" for name, count in kinds.items())
+        for kinds in (world.devices, world.links)
+    ]
+    left_out = f"; {world.excluded} left out, too small" if world.excluded else ""
+    train, transfer = (" / ".join(map(duration_text, p)) for p in (world.train_s, world.transfer_s))
+    return [
+        ("schedule", f"{config.federation.schedule.name}; {world.there_at_start:.0%} of the clients"
+                     " are there at the start"),
+        ("devices", counted[0] + left_out),
+        ("links", counted[1]),
+        ("a job", f"trains {train} and transfers {transfer} (10 / 50 / 90 % of clients)"),
+    ]  # fmt: skip
 
 
 def _clients(report: Report) -> Table:

@@ -139,7 +139,11 @@ class Sync(Schedule):
 
     def orders(self, busy: int) -> list[Order]:
         """Ask for a cohort when there is none."""
-        return [] if self.groups else [Order(0, math.ceil(self.cohort_size * self.over_selection))]
+        return [] if self.groups else [Order(0, self._ordered)]
+
+    @property
+    def _ordered(self) -> int:
+        return math.ceil(self.cohort_size * self.over_selection)
 
     def stream_name(self, group: int, version: int, dispatched: int) -> tuple[str | int, ...]:
         """Return the name of the random stream that draws the clients of an order."""
@@ -168,8 +172,9 @@ class Sync(Schedule):
         return found if len(found) >= self.min_updates else []
 
     def _wanted(self, group: int) -> int:
-        # some algorithms ask for everyone, or for one, whatever the size of cohorts
-        return max(round(len(self.groups[group].asked) / self.over_selection), 1)
+        asked = len(self.groups[group].asked)
+        # some algorithms ask for everyone, whatever the size of cohorts
+        return asked if asked > self._ordered else min(asked, self.cohort_size)
 
 
 @dataclass
