@@ -5,5 +5,5 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("training", "startup", "passes", "aggregation", "kinds"):
+for name in ("training", "startup", "passes", "aggregation", "kinds", "events", "lazy"):
     subprocess.run([sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}"], check=True)

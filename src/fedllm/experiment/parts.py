@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -263,7 +264,8 @@ def population_of(tokens: TokenSet, shards: Partition, excluded: frozenset[int])
     """Return how much each client has to learn from; those left out have nothing."""
     ends = np.concatenate([[0], np.cumsum(tokens.lengths[shards.train_rows])])
     owned = np.diff(ends[shards.train_offsets])
-    return Population(without(shards.train_sizes.tolist(), excluded), owned.tolist())
+    sizes = without(shards.train_sizes, excluded)
+    return Population(*(array("q", own.astype(np.int64).tobytes()) for own in (sizes, owned)))
 
 
 def _evaluator(

@@ -164,6 +164,8 @@ def _percentiles(values: list[float]) -> tuple[float, float, float]:
     return float(low), float(middle), float(high)
 
 
-def without(sizes: list[int], excluded: frozenset[int]) -> list[int]:
+def without(sizes: np.ndarray, excluded: frozenset[int]) -> np.ndarray:
     """Return the rows of each client, none for those left out."""
-    return [0 if cid in excluded else size for cid, size in enumerate(sizes)] if excluded else sizes
+    kept = sizes.copy()
+    kept[list(excluded)] = 0
+    return kept

@@ -204,16 +204,13 @@ class Fleet:
         """Fill in what the algorithm does not decide: seed, steps, learning rate, private state."""
         cid, payload, version = job.cid, job.payload, job.version
         rows = int(self.population.sizes[cid])
-        return Job(
-            cid=cid,
+        return job.filled(
             payload=self.transport.send_down(payload, self.server) if is_sent else payload,
-            stage=job.stage,
             seed=derive(self.seed, "job", cid, version),
             steps=self.plan.steps(rows),
             learning_rate=self.plan.learning_rate(version),
             num_samples=rows,
             state=self.store.get(cid),
-            settings=job.settings,
         )
 
     def _fit_s(self, job: Job) -> float:

@@ -30,6 +30,8 @@ class Group:
     asked: list[ClientId] = field(default_factory=list)
     """Who was sent for, in the order of sampling; empty in a stream, where nobody is asked once
     for all."""
+    wanted: int = 0
+    """How many updates are enough, where it is not for all."""
     arrived: list[Update] = field(default_factory=list)
     missing: int = 0
     """How many of those asked will not arrive, or were rejected."""
@@ -97,7 +99,10 @@ class Schedule(ABC):
     @property
     def ready(self) -> int | None:
         """The first group that the server can aggregate."""
-        return next((group for group in self.groups if self.is_ready(group)), None)
+        for group in self.groups:
+            if self.is_ready(group):
+                return group
+        return None
 
     def begin(self, group: int, asked: Sequence[ClientId] = ()) -> None:
         """Open a group."""
@@ -141,26 +146,22 @@ class Sync(Schedule):
         """Ask for a cohort when there is none."""
         return [] if self.groups else [Order(0, self._ordered)]
 
-    @property
-    def _ordered(self) -> int:
-        return math.ceil(self.cohort_size * self.over_selection)
-
-    def stream_name(self, group: int, version: int, dispatched: int) -> tuple[str | int, ...]:
-        """Return the name of the random stream that draws the clients of an order."""
-        return ("cohort", version)
+    def begin(self, group: int, asked: Sequence[ClientId] = ()) -> None:
+        """Open a round; some algorithms ask for everyone, whatever the size of cohorts."""
+        super().begin(group, asked)
+        count = len(asked)
+        self.groups[group].wanted = count if count > self._ordered else min(count, self.cohort_size)
 
     def room(self, group: int, rounds_left: int) -> int | None:
         """Return what is left of the cohort."""
-        return self._wanted(group) - len(self.groups[group].arrived)
+        own = self.groups[group]
+        return own.wanted - len(own.arrived)
 
     def is_ready(self, group: int) -> bool:
         """Tell whether enough have arrived, or no more will."""
         own = self.groups[group]
-        return (
-            own.is_due
-            or len(own.arrived) >= self._wanted(group)
-            or len(own.arrived) + own.missing >= len(own.asked)
-        )
+        arrived = len(own.arrived)
+        return own.is_due or arrived >= own.wanted or arrived + own.missing >= len(own.asked)
 
     def weights(self, group: int, server: BaseServer, updates: Sequence[Update]) -> list[float]:
         """Weigh by the server's weights, which are made to sum to 1."""
@@ -171,10 +172,9 @@ class Sync(Schedule):
         found = super().parts(group, server)
         return found if len(found) >= self.min_updates else []
 
-    def _wanted(self, group: int) -> int:
-        asked = len(self.groups[group].asked)
-        # some algorithms ask for everyone, whatever the size of cohorts
-        return asked if asked > self._ordered else min(asked, self.cohort_size)
+    @property
+    def _ordered(self) -> int:
+        return math.ceil(self.cohort_size * self.over_selection)
 
 
 @dataclass
