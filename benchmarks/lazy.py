@@ -1,7 +1,7 @@
 """Jobs computed together when needed against one by one at once; `python -m benchmarks.lazy`.
 
-FedAsync with 8 clients in flight on the built-in model, in a world in which durations differ, without
-evaluation. Both sides make the same events and, up to rounding, the same adapter.
+FedAsync with 8 clients in flight on the built-in model, in a world in which durations differ,
+without evaluation. Both sides make the same events and, up to rounding, the same adapter.
 """
 
 from __future__ import annotations
