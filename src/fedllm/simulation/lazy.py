@@ -6,6 +6,7 @@ needed any more, is never computed.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import Literal
 
 from fedllm.federation import ClientId, Executor, Job, Update
 from fedllm.simulation.flights import Flight
+
+_client = operator.attrgetter("cid")
 
 
 @dataclass
@@ -44,10 +47,14 @@ class Computation:
             room: How many results, this one included, can still be used; None for any number.
         """
         if flight.cid not in self.results:
-            waiting = [f for f in others if not f.is_doomed and f.cid not in self.results]
-            waiting.sort(key=lambda f: (f.expected_s, f.number))
-            chosen = [flight, *waiting[: None if room is None else max(room - 1, 0)]]
-            self._run(sorted((f.job for f in chosen), key=lambda job: job.cid))
+            results = self.results
+            waiting = [f for f in others if not f.is_doomed and f.job.cid not in results]
+            if room is not None and len(waiting) >= room:
+                waiting.sort(key=lambda f: (f.expected_s, f.number))
+                waiting = waiting[: max(room - 1, 0)]
+            jobs = [flight.job, *(f.job for f in waiting)]
+            jobs.sort(key=_client)
+            self._run(jobs)
         return self.results.pop(flight.cid)
 
     def drop(self, flight: Flight) -> None:

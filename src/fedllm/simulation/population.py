@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Population:
         return Work(steps, passes, mean * covered / max(steps, 1), rank)
 
 
+@functools.lru_cache(1024)
 def _rows_in(steps: int, rows: int, rows_per_step: int) -> int:
     """Return the rows that so many steps go over; the last of each epoch may have fewer.
 
