@@ -20,7 +20,7 @@ def derive(seed: int, *names: str | int) -> int:
     >>> derive(0, "cohort", 3) == derive(0, "cohort", 3) != derive(0, "cohort", 4)
     True
     """
-    text = "\x1f".join([str(seed), *(f"{type(n).__name__}:{n}" for n in names)])
+    text = "\x1f".join([str(seed), *[f"{type(n).__name__}:{n}" for n in names]])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class RankRule:
         """The rank of the server's adapter."""
         return max(self.choices)
 
-    @property
+    @functools.cached_property
     def is_mixed(self) -> bool:
         """Whether clients may differ."""
         return len(set(self.choices)) > 1
