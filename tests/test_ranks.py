@@ -339,7 +339,7 @@ def test_a_frozen_head_takes_no_memory_for_training() -> None:
         ({**DISTRIBUTION, "weights": [1]}, "adapter.rank: 4 choices have 1 weights"),
         ({**DISTRIBUTION, "weight": [1]}, "adapter.rank.weight: unknown key. Did you mean 'weig"),
         ({**DISTRIBUTION, "weights": [1, 1, 1, 0]}, "adapter.rank.weights.3: input should be gre"),
-        ({**MEMORY, "budget_mb": "lots"}, "adapter.rank.budget_mb: input should be a valid number"),
+        ({**MEMORY, "budget_mb": "lots"}, "adapter.rank.budget_mb: give megabytes (a number"),
         ({**MEMORY, "budget_mb": []}, "adapter.rank.budget_mb: too short"),
         ({**MEMORY, "budget_mb": {"low": 2, "high": 1}}, "adapter.rank.budget_mb: low 2 is above"),
         ({**MEMORY, "budget_mb": float("inf")}, "adapter.rank.budget_mb: input should be a finite"),

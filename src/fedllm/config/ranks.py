@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from fedllm.config.section import Section
 
@@ -91,10 +91,16 @@ def _budget_form(value: object) -> str:
     return "list[float]" if isinstance(value, (list, tuple)) else "float"
 
 
+def _device(value: object) -> object:
+    if value != "device":
+        raise ValueError("give megabytes (a number, a list or a range), or device")
+    return value
+
+
 Budget = Annotated[
     Annotated[Positive, Tag("float")]
     | Annotated[list[Positive], Field(min_length=1), Tag("list[float]")]
-    | Annotated[Literal["device"], Tag("literal[device]")]
+    | Annotated[Literal["device"], BeforeValidator(_device), Tag("literal[device]")]
     | Annotated[BudgetRange, Tag("form=range")],
     Discriminator(_budget_form),
 ]
