@@ -17,7 +17,10 @@ from fedllm.data import PARTITIONS
 from fedllm.evaluation import METRICS
 
 HEAVY = ("torch", "transformers", "matplotlib", "datasets", "peft", "sklearn")
-SUBJECTS = ("models", "datasets", "algorithms", "metrics", "partitions", "codecs", "robust")
+SUBJECTS = (
+    *("models", "datasets", "algorithms", "metrics", "partitions", "codecs", "robust"),
+    *("schedules", "devices", "links", "worlds"),
+)
 
 
 def child_cpu_s() -> float:

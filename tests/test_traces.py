@@ -39,8 +39,8 @@ def first_after(is_there: Any, time_s: float, horizon: float) -> tuple[float, fl
         if is_there(now):
             opened = now if opened is None else opened
         else:
-            if opened is not None and now - step >= time_s:
-                return float(opened), float(now - step + 0.5)
+            if opened is not None and now > time_s:
+                return float(opened), float(now)
             opened = None
         now += step
     return None if opened is None else (float(opened), math.inf)

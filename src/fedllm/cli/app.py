@@ -216,7 +216,8 @@ def list_names(
         str,
         typer.Argument(
             metavar="SUBJECT",
-            help="models, datasets, algorithms, metrics, partitions, codecs or robust",
+            help="models, datasets, algorithms, metrics, partitions, codecs, robust, schedules,"
+            " devices, links or worlds",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
