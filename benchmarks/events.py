@@ -32,7 +32,14 @@ WINDOWS, COHORT, ROUNDS, RUNS = 20, 100, 300, 3
 REFERENCE_EVENTS_PER_S = 263
 """The published reference's loop with 1,000 clients of 20 windows each, measured in 2026."""
 _NOTHING = Adapter({})
-_PAYLOAD = Payload(0, _NOTHING)
+_JOB = Job(0, Payload(0, _NOTHING))
+_UPDATE = Update(0, 0, _NOTHING, num_samples=5, num_steps=3)
+
+
+def _copied(update: Update, **more: int) -> Update:
+    made = object.__new__(Update)
+    made.__dict__.update(update.__dict__, **more)
+    return made
 
 
 class Server(BaseServer):
@@ -42,7 +49,7 @@ class Server(BaseServer):
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Give everyone the same."""
-        return [Job(cid, _PAYLOAD) for cid in cohort]
+        return [_JOB.filled(cid=cid) for cid in cohort]
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Leave everything as it is."""
@@ -52,8 +59,8 @@ class Training:
     """Returns at once."""
 
     def run(self, jobs: Sequence[Job]) -> list[Update]:
-        """Return an empty update for each job."""
-        return [Update(job.cid, job.version, _NOTHING, job.num_samples, job.steps) for job in jobs]
+        """Return an empty update for each job, made as fast as Python makes anything."""
+        return [_copied(_UPDATE, cid=job.cid, version=job.payload.version) for job in jobs]
 
 
 class Bytes(Transport):

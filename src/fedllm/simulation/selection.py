@@ -6,7 +6,8 @@ costs what its size is, whatever the population.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -75,10 +76,9 @@ class Selection:
         for draw in range(1, MOST_DRAWS + 1):
             fresh = [cid for cid in drawn if cid not in seen]
             seen.update(fresh)
-            for chosen in self._asked(fresh, now_s, is_free):
-                is_there = self.policy == "any" or chosen.open_s <= now_s
-                (there if is_there else absent).append(chosen)
-            if not is_repeated or len(there) >= count or draw == MOST_DRAWS:
+            self._ask(fresh if is_free is None else filter(is_free, fresh), now_s, there, absent)
+            is_enough = len(there) >= count or len(seen) >= len(self.pool)
+            if not is_repeated or is_enough or draw == MOST_DRAWS:
                 break
             drawn = server.sample(self.pool, max(count - len(there), _FEWEST), stream(draw))
         if not is_repeated:
@@ -105,20 +105,19 @@ class Selection:
                 stream = rng(self.seed, "sequence", cycle)
                 self._order = cycle, stream.permutation(len(self.pool))
             cid = self.pool[int(self._order[1][index])]
-            if chosen := list(self._asked([cid], now_s, None)):
+            chosen = list[Chosen]()
+            self._ask([cid], now_s, chosen, chosen)
+            if chosen:
                 return place + 1, chosen
         return walked, []
 
-    def _asked(
-        self,
-        cids: Sequence[ClientId],
-        now_s: float,
-        is_free: Callable[[ClientId], bool] | None,
-    ) -> Iterator[Chosen]:
-        """Yield those who may be chosen and will come, with their windows."""
-        window = self.world.window
+    def _ask(
+        self, cids: Iterable[ClientId], now_s: float, there: list[Chosen], absent: list[Chosen]
+    ) -> None:
+        """Add clients to those who are there and those who will be; some will never come."""
+        window, latest_s = self.world.window, math.inf if self.policy == "any" else now_s
         for cid in cids:
-            if is_free is None or is_free(cid):
-                found = window(cid, now_s)
-                if found is not None:
-                    yield Chosen(cid, *found)
+            found = window(cid, now_s)
+            if found is not None:
+                open_s, close_s = found
+                (there if open_s <= latest_s else absent).append(Chosen(cid, open_s, close_s))
