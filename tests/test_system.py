@@ -22,7 +22,7 @@ from fedllm.seeding import uniform
 from fedllm.system import ModelCost, SimulatedWorld, Work
 from fedllm.system.draws import Choice, correlated
 from fedllm.system.links import read_measured
-from fedllm.system.traces import generate, write_as
+from fedllm.system.traces import Record, generate, write_as
 
 COST = ModelCost(
     body_parameters=1_000_000,
@@ -323,6 +323,30 @@ def test_measured_links_are_read_and_drawn_above_zero(tmp_path: Path) -> None:
     assert min(times) > 0
     ups = [made.upload_s(0, 1024 * 500, 600.0 * k, 1) for k in range(300)]
     assert float(np.median(ups)) == pytest.approx(1.0, abs=0.1)
+
+
+def test_devices_and_links_of_a_trace_are_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record = generate(5, 1, seed=2)
+    write_as(record, "ours", path)
+    made = world(
+        {"devices": {"of": "trace", "trace": path}, "links": {"of": "trace", "trace": path}}
+    )
+    speeds = sorted(values["relative_speed"] for values in record.capacities.values())
+    found = sorted(device.flops_per_s for device in made.devices.kinds)
+    base = world({"devices": {"of": "phone-mid"}}).device(0).flops_per_s
+    assert found == pytest.approx([base * speed for speed in speeds])
+    assert {device.memory_bytes for device in made.devices.kinds} == {4e9}
+    rates = {round(link["down_bps"] * (1 - link["loss"])) for link in record.links.values()}
+    for cid in range(20):
+        seconds = made.download_s(cid, 10**9, 0.0, 1) - 0.05
+        assert min(abs(8e9 / seconds / rate - 1) for rate in rates) < 1e-6
+    empty = tmp_path / "empty.jsonl"
+    write_as(Record(10.0, windows={"a": [(0.0, 1.0)]}), "ours", empty)
+    with pytest.raises(ConfigError, match=r"system\.devices\.trace: .* tells no capacity"):
+        world({"devices": {"of": "trace", "trace": empty}})
+    with pytest.raises(ConfigError, match=r"system\.links\.trace: .* tells no link"):
+        world({"links": {"of": "trace", "trace": empty}})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"a": {"down_u": 1}}', '{"a": 3}'])

@@ -80,6 +80,8 @@ def _system_file(folder: Path, name: str) -> dict[str, Any]:
     path = Path(name) if Path(name).is_absolute() else folder / name
     system = read(path)
     for section, key in (
+        ("devices", "trace"),
+        ("links", "trace"),
         ("devices", "ai_benchmark"),
         ("links", "measured"),
         ("availability", "path"),

@@ -106,6 +106,9 @@ class DevicesConfig(Section):
     too_small: Literal["error", "exclude"] = "error"
     """What happens to clients whose device cannot hold the training: the run is refused, or goes
     on without them."""
+    trace: Path | None = None
+    """A trace with capacities: `of` may then name `trace`, devices as fast against `phone-mid` as
+    their relative speed says, with the memory that is told."""
     ai_benchmark: Path | None = None
     """A list of phones as AI-Benchmark publishes it (JSON): `of` may then name `ai-benchmark`, the
     phones of that list, as fast as their FP16 score says."""
@@ -125,6 +128,8 @@ class LinksConfig(Section):
     cells: Annotated[int, Field(ge=1)] | None = None
     """Clients are spread over so many cells, and transfers that go on at once in a cell share its
     rate; absent: nobody shares."""
+    trace: Path | None = None
+    """A trace with links: `of` may then name `trace`, links of its rates."""
     measured: Path | None = None
     """Measured links as FLASH publishes them (JSON: means and deviations in kB/s): `of` may then
     name `measured`; each client has one of them, and each interval draws its rates."""
@@ -242,13 +247,22 @@ class SystemConfig(Section):
 
     @model_validator(mode="after")
     def _known_names(self) -> SystemConfig:
-        from fedllm.config.profiles import AI_BENCHMARK, DEVICES, INFINITE, LINKS, MEASURED
+        from fedllm.config.profiles import (
+            AI_BENCHMARK,
+            DEVICES,
+            INFINITE,
+            LINKS,
+            MEASURED,
+            TRACE,
+        )
 
-        extra = [AI_BENCHMARK] if self.devices.ai_benchmark else []
-        known = [INFINITE, *DEVICES, *self.devices.profiles, *extra]
-        _check_names("devices.of", self.devices.of, known)
-        extra = [MEASURED] if self.links.measured else []
-        _check_names("links.of", self.links.of, [INFINITE, *LINKS, *self.links.profiles, *extra])
+        devices, links = self.devices, self.links
+        extra = [AI_BENCHMARK] if devices.ai_benchmark else []
+        extra += [TRACE] if devices.trace else []
+        _check_names("devices.of", devices.of, [INFINITE, *DEVICES, *devices.profiles, *extra])
+        extra = [MEASURED] if links.measured else []
+        extra += [TRACE] if links.trace else []
+        _check_names("links.of", links.of, [INFINITE, *LINKS, *links.profiles, *extra])
         return self
 
 

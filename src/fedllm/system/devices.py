@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedllm.config import DeviceProfile, DevicesConfig
-from fedllm.config.profiles import AI_BENCHMARK, DEVICES, INFINITE
+from fedllm.config.profiles import AI_BENCHMARK, DEVICES, INFINITE, TRACE
 from fedllm.errors import ConfigError
 from fedllm.seeding import uniform
 from fedllm.system.draws import Choice, normal
+from fedllm.system.traces.own_format import recorded
 
 _PIXEL_4_SCORE = 33289.0
 """AI-Benchmark score of the phone that scores are compared with."""
@@ -56,6 +57,9 @@ class Devices:
             if name == AI_BENCHMARK and config.ai_benchmark is not None:
                 phones = read_ai_benchmark(config.ai_benchmark)
                 found += [(phone, weight / len(phones)) for phone in phones]
+            elif name == TRACE and config.trace is not None:
+                traced = read_capacities(config.trace)
+                found += [(device, weight / len(traced)) for device in traced]
             elif name == INFINITE:
                 found.append((INFINITE_DEVICE, weight))
             else:
@@ -113,6 +117,25 @@ def read_ai_benchmark(path: Path) -> Sequence[Device]:
             [f"system.devices.ai_benchmark: {path} has no row with FP16_Score and RAM"]
         )
     return phones
+
+
+def read_capacities(path: Path) -> Sequence[Device]:
+    """Return the devices of a trace in our own format, as fast as they are told to be.
+
+    Raises:
+        ConfigError: If it is no such trace, or tells no capacity.
+    """
+    base = DEVICES["phone-mid"]
+    record = recorded(path, "system.devices.trace")
+    devices = []
+    for name, told in record.capacities.items():
+        tflops = base.tflops * told.get("relative_speed", 1.0)
+        memory = told.get("memory_bytes", base.memory_gb * 1e9) / 1e9
+        profile = base.model_copy(update={"tflops": tflops, "memory_gb": memory})
+        devices.append(_device(f"trace {name}", profile))
+    if not devices:
+        raise ConfigError([f"system.devices.trace: {path} tells no capacity of a client"])
+    return devices
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fedllm.config import LinkProfile, LinksConfig
-from fedllm.config.profiles import INFINITE, LINKS, MEASURED
+from fedllm.config.profiles import INFINITE, LINKS, MEASURED, TRACE
 from fedllm.errors import ConfigError
 from fedllm.seeding import rng, uniform
 from fedllm.system.draws import Choice, correlated, normal
+from fedllm.system.traces.own_format import recorded
 
 Way = Literal["up", "down"]
 _KILOBYTE = 1024.0
@@ -53,6 +54,9 @@ class Links:
             if name == MEASURED and config.measured is not None:
                 links = read_measured(config.measured)
                 found += [(name, link, weight / len(links)) for link in links]
+            elif name == TRACE and config.trace is not None:
+                traced = read_links(config.trace)
+                found += [(name, link, weight / len(traced)) for link in traced]
             elif name == INFINITE:
                 found.append((name, None, weight))
             else:
@@ -115,6 +119,30 @@ def _mean_mbps(kind: LinkProfile | Measured | None) -> float:
     if isinstance(kind, Measured):
         return kind.down * _KILOBYTE * 8.0 / 1e6
     return (kind.downlink_mbps.low + kind.downlink_mbps.high) / 2.0
+
+
+def read_links(path: Path) -> list[LinkProfile]:
+    """Return the links of a trace in our own format.
+
+    Raises:
+        ConfigError: If it is no such trace, or tells no link with both rates.
+    """
+    links = []
+    for told in recorded(path, "system.links.trace").links.values():
+        if told.get("up_bps") and told.get("down_bps"):
+            links.append(
+                LinkProfile.model_validate(
+                    {
+                        "uplink_mbps": told["up_bps"] / 1e6,
+                        "downlink_mbps": told["down_bps"] / 1e6,
+                        "latency_ms": 1e3 * told.get("rtt_s", 0.0),
+                        "loss": told.get("loss", 0.0),
+                    }
+                )
+            )
+    if not links:
+        raise ConfigError([f"system.links.trace: {path} tells no link with up_bps and down_bps"])
+    return links
 
 
 def read_measured(path: Path) -> list[Measured]:

@@ -104,12 +104,21 @@ def read_trace(path: Path) -> WindowTrace:
     Raises:
         ConfigError: If it is not there, or not in our format.
     """
+    return recorded(path, "system.availability.path").trace()
+
+
+def recorded(path: Path, where: str) -> Record:
+    """Read a trace that a configuration names, without a line that is wrong.
+
+    Raises:
+        ConfigError: If it is not there, or not in our format; it names the setting.
+    """
     try:
         record, problems = read_record(path)
         problems.check(0.0)
     except DataError as error:
-        raise ConfigError([f"system.availability.path: {error}"]) from None
-    return record.trace()
+        raise ConfigError([f"{where}: {error}"]) from None
+    return record
 
 
 def read_record(path: Path) -> tuple[Record, Problems]:
