@@ -7,7 +7,8 @@ Box:   down: A[:r_k], B[:, :r_k];  loss + lambda ||A[g r_k:]|| ||B[:, g r_k:]||;
        up, zero-padded:  A <- sum_k w_k A_k,  B <- sum_k w_k B_k,  w_k ~ ||s_k B_k A_k||_F.
 Fields: g is `gamma`, lambda `strength`; the server takes r_k from what a client sent last.
 Evidence: abstract, a figure and a summary; pruning from another group's incomplete code. w_k is
-over all layers together; how s enters was not seen. If all norms are 0 clients weigh alike.
+over all layers together; how s enters was not seen. If all norms are 0 clients weigh alike. What
+is kept is floor(g r_k): rounded up, a rank below 100 would never be pruned at the default g.
 """
 
 from __future__ import annotations
