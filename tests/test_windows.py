@@ -98,6 +98,18 @@ def test_a_client_inside_a_window_when_a_round_starts_is_used_at_once() -> None:
             assert began_s == max(open_s, before.time_s)
 
 
+def test_what_is_done_when_the_window_closes_is_done_in_time() -> None:
+    (made,) = loop(Slow(open_s=99.0), Sync(cohort_size=1), selection="any").run(1)
+    (row,) = made.ledger
+    busy_s = row["download_s"] + row["train_s"] + row["upload_s"]
+    exact = Slow(open_s=busy_s, absent=frozenset(CLIENTS) - {0})
+    (whole,) = loop(exact, Sync(cohort_size=4), selection="any").run(1)
+    assert whole.outcomes == {"arrived": 1}
+    short = Slow(open_s=math.nextafter(busy_s, 0.0), absent=frozenset(CLIENTS) - {0})
+    (cut,) = loop(short, Sync(cohort_size=4), selection="any").run(1)
+    assert cut.outcomes == {"window": 1}
+
+
 # leaving
 
 

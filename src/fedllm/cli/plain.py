@@ -78,10 +78,14 @@ def title(parts: Parts) -> str:
     config = parts.config
     federation = config.federation
     clients = f"{federation.num_clients} clients"
+    is_stream = federation.schedule.name in ("buffered", "async")
     if federation.cohort < federation.num_clients:
-        clients += f", {federation.cohort} a round"
+        clients += f", {federation.cohort} {'at work' if is_stream else 'a round'}"
     named = (config.name, config.algorithm.name, config.model.path, config.data.path, clients)
-    return " · ".join([*named, partition_text(config.federation.partition)])
+    words = [*named, partition_text(config.federation.partition)]
+    if federation.schedule.name != "sync":
+        words.append(federation.schedule.name)
+    return " · ".join(words)
 
 
 def partition_text(partition: Any) -> str:

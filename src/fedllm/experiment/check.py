@@ -127,8 +127,8 @@ def report(config: Config, dataset: Dataset, partition: Partition, tokenizer: An
 def _world(
     config: Config, world: SimulatedWorld, partition: Partition, ranks: RankRule, moved: Traffic
 ) -> WorldSummary:
-    each = (moved.up_bytes + moved.down_bytes) / config.federation.cohort
-    return summary(config, world, partition.train_sizes, plan_of(config), ranks, each)
+    sizes = partition.train_sizes
+    return summary(config, world, sizes, plan_of(config), ranks, moved.job_bytes)
 
 
 def _count_ranks(config: Config, rule: RankRule) -> dict[int, int]:

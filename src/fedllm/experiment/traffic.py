@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fedllm import algorithms
 from fedllm.adapters import Adapter
 from fedllm.adapters.names import name_a, name_b
@@ -17,8 +15,9 @@ from fedllm.data import Partition
 from fedllm.executors import InlineExecutor
 from fedllm.experiment.exchange import reception_of, transport_of
 from fedllm.experiment.parts import plan_of, ranks_of, scaling_of
+from fedllm.experiment.schedules import schedule_of
 from fedllm.federation import BaseClient, Engine, FitRequest, FitResult, Job, Progress
-from fedllm.simulation import Loop, Population, Sync
+from fedllm.simulation import Loop, Population
 from fedllm.system import Ideal, RankRule
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ _FEWEST_ROUNDS = 4
 
 @dataclass(frozen=True)
 class Traffic:
-    """Mean bytes of the whole cohort in a round."""
+    """Mean bytes of all jobs that end in a round."""
 
     up_bytes: float
     down_bytes: float
@@ -42,6 +41,8 @@ class Traffic:
     """Over how many rounds the mean is taken."""
     grows: bool
     """Whether later rounds send more, because what is sent accumulates."""
+    job_bytes: float
+    """Mean bytes of one job, in both directions."""
 
 
 def traffic(config: Config, shapes: Shapes, partition: Partition, ranks: RankRule) -> Traffic:
@@ -55,10 +56,11 @@ def traffic(config: Config, shapes: Shapes, partition: Partition, ranks: RankRul
     sizes = partition.train_sizes.tolist()
     loop = untrained_loop(config, shapes.modules, shapes.heads, sizes, ranks=ranks)
     played = list(loop.run(rounds))
-    down = [sum(row["down_bytes"] for row in made.ledger) for made in played]
-    up = [sum(row["up_bytes"] for row in made.ledger) for made in played]
+    rows = [row for made in played for row in made.ledger if row["outcome"] == "arrived"]
+    down, up = (sum(row[key] for row in rows) for key in ("down_bytes", "up_bytes"))
     grows = bool(loop.server.base.sizes)
-    return Traffic(float(np.mean(up)), float(np.mean(down)), rounds, grows)
+    each = (up + down) / max(len(rows), 1)
+    return Traffic(up / rounds, down / rounds, rounds, grows, each)
 
 
 def untrained_loop(
@@ -97,7 +99,7 @@ def untrained_loop(
         executor=InlineExecutor(engine or Untrained(), client),
         plan=plan_of(config),
         population=Population(sizes),
-        schedule=Sync(cohort_size=config.federation.cohort),
+        schedule=schedule_of(config.federation),
         seed=config.seed,
         reception=reception_of(config),
     )
