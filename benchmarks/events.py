@@ -106,31 +106,38 @@ class World(Ideal):
         return 5.0
 
 
-def trace_of(clients: int) -> WindowTrace:
-    """Draw windows and gaps of 10 to 120 minutes."""
+def trace_of(clients: int, shortest_s: int, longest_s: int) -> WindowTrace:
+    """Draw windows and the gaps between them."""
     stream = np.random.default_rng(0)
-    edges = stream.integers(600, 7200, size=(clients, 2 * WINDOWS), dtype=np.int32)
+    edges = stream.integers(shortest_s, longest_s, size=(clients, 2 * WINDOWS), dtype=np.int32)
     np.cumsum(edges, axis=1, out=edges)
     opens, closes = edges[:, 0::2].ravel(), edges[:, 1::2].ravel()
     offsets = np.arange(clients + 1, dtype=np.int64) * WINDOWS
     return WindowTrace.from_arrays(opens, closes, offsets, float(edges.max()) + 600.0)
 
 
-def measure(clients: int) -> dict[str, float]:
-    """Return events a second, seconds a round and of the start, and memory at the peak."""
+def measure(clients: int, *, is_pausing: bool = False) -> dict[str, float]:
+    """Return events a second, seconds a round and of the start, and memory at the peak.
+
+    Args:
+        clients: How many.
+        is_pausing: Windows of 1 to 4 minutes, which jobs of five minutes pause between, instead of
+            10 to 120 minutes and lost work.
+    """
     begin = time.process_time()
     server = Server()
     server.start(_NOTHING, server.ranks)
     loop = Loop(
         server=server,
         client=BaseClient(),
-        world=World(trace_of(clients)),
+        world=World(trace_of(clients, *((60, 240) if is_pausing else (600, 7200)))),
         executor=Training(),
         plan=Plan(TrainingConfig(local_steps=3), 10**9),
         population=Population(array("i", [5]) * clients),
         seed=0,
         schedule=Sync(cohort_size=COHORT),
         reception=Unchecked(Bytes()),
+        at_window_close="pause" if is_pausing else "discard",
     )
     start_s = time.process_time() - begin
     list(loop.run(20))  # imports, and first touches of memory
@@ -150,15 +157,16 @@ def main() -> None:
     """Measure each size in turn, several times, and write the medians."""
     from benchmarks.measure import write
 
-    runs: dict[int, list[dict[str, float]]] = {size: [] for size in SIZES}
+    kinds = [*([str(size)] for size in SIZES), [str(SIZES[-1]), "pausing"]]
+    runs: dict[str, list[dict[str, float]]] = {"_".join(kind): [] for kind in kinds}
     for _ in range(RUNS):
-        for size in SIZES:
-            words = [sys.executable, "-W", "ignore", "-m", "benchmarks.events", str(size)]
+        for kind in kinds:
+            words = [sys.executable, "-W", "ignore", "-m", "benchmarks.events", *kind]
             done = subprocess.run(words, check=True, capture_output=True, text=True)
-            runs[size].append(json.loads(done.stdout))
+            runs["_".join(kind)].append(json.loads(done.stdout))
     found: dict[str, Any] = {
-        f"clients_{size}": {key: float(np.median([run[key] for run in own])) for key in own[0]}
-        for size, own in runs.items()
+        f"clients_{name}": {key: float(np.median([run[key] for run in own])) for key in own[0]}
+        for name, own in runs.items()
     }
     small, large = (found[f"clients_{size}"] for size in (SIZES[0], SIZES[-1]))
     found["round_at_largest_vs_smallest"] = large["round_s"] / small["round_s"]
@@ -170,6 +178,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(measure(int(sys.argv[1]))))
+        print(json.dumps(measure(int(sys.argv[1]), is_pausing="pausing" in sys.argv)))
     else:
         main()
