@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config import read
-from fedllm.errors import RunError
-from fedllm.results import style
-from fedllm.results.history import History, is_better, is_share
+from fedllm.errors import RunError, did_you_mean
+from fedllm.results.history import History, is_better
 from fedllm.results.run_dir import CONFIG_FILE, RunDir
-from fedllm.results.time_plots import time_unit
 
 COSTS = {
     "round": "rounds",
@@ -21,7 +19,16 @@ COSTS = {
     "bytes_total": "bytes",
     "energy_total_j": "energy",
 }
-"""Places in `Course.costs` to what a reader calls them."""
+"""What quality is paid with: places in `Course.costs` to what a reader calls them."""
+TOTALS = {
+    "round": "rounds",
+    "virtual_time_s": "virtual time",
+    "bytes_up": "bytes up",
+    "bytes_down": "bytes down",
+    "energy_total_j": "energy",
+}
+"""What is told of whole runs; places as in `COSTS`."""
+_COMMON_VIEWS = ("global", "personal mean", "client mean")
 _NOT_COMPARED = ("name", "output_dir", "seed")
 """Keys in which runs of one group may differ."""
 
@@ -37,7 +44,10 @@ class Course:
     values: Mapping[int, float]
     """Round to value."""
     costs: Mapping[str, Mapping[int, float]]
-    """Kind of cost (see `COSTS`) to what was spent up to each round."""
+    """Kind of cost (see `COSTS` and `TOTALS`) to what was spent up to each round.
+
+    Empty where nothing is known: time and energy of prototype mode, and of older runs.
+    """
 
     @property
     def last(self) -> float:
@@ -52,11 +62,17 @@ class Course:
             best = value if is_better(self.metric, value, best) else best
         return best
 
+    def spent(self, cost: str, number: int | None = None) -> float | None:
+        """Return what was spent up to a round, or in all; None if that is not known."""
+        known = self.costs[cost]
+        until = [x for x in known if number is None or x <= number]
+        return known[max(until)] if until else 0.0 if known else None
+
     def to_reach(self, target: float, cost: str) -> float | None:
         """Return what was spent when a value was first reached; None if it never was."""
         for number in sorted(self.values):
             if not is_better(self.metric, target, self.values[number]):
-                return self.costs[cost].get(number, 0.0)
+                return self.spent(cost, number)
         return None
 
 
@@ -89,7 +105,10 @@ class Group:
     settings: Mapping[str, Any]
     """What tells it from other groups: place in the configuration to value."""
     figures: Mapping[str, Spread | None]
-    """`last`, `best`, totals of each cost, and `to_target` of each."""
+    """`last`, `best`, each of `TOTALS`, and each of `COSTS` with ` to target` after it.
+
+    None where nothing is known, or no run reached the target.
+    """
 
 
 def compare(
@@ -103,15 +122,10 @@ def compare(
         metric: Which one; by default the main metric, which must then be common.
 
     Raises:
-        RunError: If one is no run, was not evaluated, or they have no metric in common.
+        RunError: If one is no run, is given twice, was not evaluated, or they have no metric or
+            no view in common.
     """
-    runs = [_course(RunDir.open(path), metric) for path in paths]
-    metrics = {run.metric for run in runs}
-    if len(metrics) > 1:
-        raise RunError(
-            f"the runs are judged by different metrics ({', '.join(sorted(metrics))}). Choose one"
-            " that all have with --target METRIC=VALUE"
-        )
+    runs = _courses(paths, metric)
     flat = [_flat(run.config) for run in runs]
     differing = sorted(
         key
@@ -122,13 +136,29 @@ def compare(
     members: dict[str, list[int]] = {}
     for place, own in enumerate(flat):
         members.setdefault(repr([own.get(key) for key in told]), []).append(place)
+    found = [{key: flat[places[0]].get(key) for key in told} for places in members.values()]
     groups = []
-    for places in members.values():
-        settings = {key: flat[places[0]].get(key) for key in told}
+    for places, settings, label in zip(members.values(), found, _labels(found), strict=True):
         chosen = [runs[place] for place in places]
-        label = _label(settings) or chosen[0].path.name
-        groups.append(Group(label, chosen, settings, _figures(chosen, target)))
+        figures = _figures(chosen, target)
+        groups.append(Group(label or chosen[0].path.name, chosen, settings, figures))
     return groups
+
+
+def _labels(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a short label for each group's settings; where two are equal, what tells them apart.
+
+    >>> _labels([{"s.name": "async", "s.alpha": a} for a in (1, 2)] + [{"s.name": "sync"}])
+    ['async, alpha 1', 'async, alpha 2', 'sync']
+    """
+    short = [_label(settings) for settings in found]
+    labels = []
+    for settings, label in zip(found, short, strict=True):
+        alike = [own for own, other in zip(found, short, strict=True) if other == label]
+        apart = [key for key in settings if len({repr(own.get(key)) for own in alike}) > 1]
+        words = [f"{key.rpartition('.')[2]} {settings[key]}" for key in apart]
+        labels.append(", ".join(filter(None, [label, *words])))
+    return labels
 
 
 def _label(settings: Mapping[str, Any]) -> str:
@@ -149,35 +179,64 @@ def _figures(runs: Sequence[Course], target: float | None) -> dict[str, Spread |
         "last": Spread.of([run.last for run in runs]),
         "best": Spread.of([run.best for run in runs]),
     }
-    for cost in COSTS:
-        totals = [max(run.costs[cost].values(), default=0.0) for run in runs]
-        found[cost] = Spread.of(list(totals))
-        if target is not None:
+    for cost in TOTALS:
+        found[cost] = Spread.of([run.spent(cost) for run in runs])
+    if target is not None:
+        for cost in COSTS:
             found[f"{cost} to target"] = Spread.of([run.to_reach(target, cost) for run in runs])
     return found
 
 
-def _course(run: RunDir, asked: str | None) -> Course:
-    history = History.of(run)
-    metric = asked or history.main_metric
-    if metric is None or metric not in history.metrics:
-        have = (
-            f"it has {', '.join(history.metrics)}" if history.metrics else "nothing was evaluated"
+def _courses(paths: Sequence[Path], asked: str | None) -> list[Course]:
+    """Read runs by a metric and a view that all of them have."""
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise RunError(f"{path} is given more than once; name each run once")
+    histories = {path: History.of(RunDir.open(path)) for path in paths}
+    metrics = {_metric(path, history, asked) for path, history in histories.items()}
+    if len(metrics) > 1:
+        raise RunError(
+            f"the runs are judged by different metrics ({', '.join(sorted(metrics))}). Choose one"
+            " that all have with --target METRIC=VALUE"
         )
-        raise RunError(f"{run.path} has no {metric or 'metric'} to compare by: {have}")
-    view = next(
-        v for v in ("global", "personal mean", "client mean") if history.evaluated(v, metric)
+    (metric,) = metrics
+    for view in _COMMON_VIEWS:
+        if all(history.evaluated(view, metric) for history in histories.values()):
+            return [_course(path, own, metric, view) for path, own in histories.items()]
+    raise RunError(
+        f"the runs have no view of {metric} in common: some know it of the global model only,"
+        " others of clients' own. Compare runs with the same evaluation.scope"
     )
+
+
+def _metric(path: Path, history: History, asked: str | None) -> str:
+    metric, known = asked or history.main_metric, history.metrics
+    if metric is not None and metric in known:
+        return metric
+    have = f"it has {', '.join(known)}" if known else "nothing was evaluated"
+    hint = did_you_mean(metric, known) if metric else ""
+    raise RunError(f"{path} has no {metric or 'metric'} to compare by: {have}.{hint}")
+
+
+def _course(path: Path, history: History, metric: str, view: str) -> Course:
     series = history.evaluated(view, metric)
     up, down = (history.totals("bytes", f"{way}_total") for way in ("up", "down"))
     costs = {
-        "round": {number: float(number) for number in series.rounds},
-        "virtual_time_s": history.totals("virtual_time_s"),
+        "round": {record["round"]: float(record["round"]) for record in history.records},
+        "virtual_time_s": _if_any(history.totals("virtual_time_s")),
         "bytes_total": {number: up[number] + down.get(number, 0.0) for number in up},
-        "energy_total_j": history.totals("energy_total_j"),
+        "bytes_up": up,
+        "bytes_down": down,
+        "energy_total_j": _if_any(history.totals("energy_total_j")),
     }
     values = dict(zip(series.rounds, series.values, strict=True))
-    return Course(run.path, read(run.path / CONFIG_FILE), metric, view, values, costs)
+    return Course(path, read(path / CONFIG_FILE), metric, view, values, costs)
+
+
+def _if_any(totals: dict[int, float]) -> dict[int, float]:
+    """Return what was spent; nothing is known where it is 0 from beginning to end."""
+    return totals if max(totals.values(), default=0.0) > 0.0 else {}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -191,45 +250,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         place = f"{prefix}{key}"
         found |= _flat(value, f"{place}.") if isinstance(value, Mapping) else {place: value}
     return found
-
-
-def draw(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Draw the metric of every run against each cost, a colour for each group.
-
-    Returns:
-        The files written; a cost that no run has is left out.
-
-    Raises:
-        RunError: If a file is there already.
-    """
-    written = []
-    for cost, name in COSTS.items():
-        end = max(max(r.costs[cost].values(), default=0.0) for g in groups for r in g.runs)
-        path = folder / f"{cost}.png"
-        if end <= 0.0:
-            continue
-        if path.exists():
-            raise RunError(f"{path} exists, and nothing is overwritten; choose another folder")
-        unit, unit_name = _unit(cost, end)
-        figure = style.panels(size=(7.0, 4.2))
-        axes = figure.axes[0]
-        for place, group in enumerate(groups):
-            color = style.PALETTE[place % len(style.PALETTE)]
-            for number, run in enumerate(group.runs):
-                points = [(run.costs[cost].get(x, 0.0) / unit, y) for x, y in run.values.items()]
-                label = group.label if number == 0 else None
-                axes.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
-        metric = groups[0].runs[0].metric
-        axes.set_xlabel(f"{name} ({unit_name})" if unit_name else name)
-        style.metric_axis(axes.yaxis, metric)
-        if is_share(metric):
-            axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize="small")
-        written.append(style.save(figure, path))
-    return written
-
-
-def _unit(cost: str, end: float) -> tuple[float, str]:
-    if cost == "virtual_time_s":
-        return time_unit(end)
-    return {"bytes_total": (1e6, "MB"), "energy_total_j": (1e3, "kJ")}.get(cost, (1.0, ""))

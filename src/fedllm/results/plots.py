@@ -14,7 +14,7 @@ from fedllm.results import style, time_plots
 from fedllm.results.history import History, is_share
 from fedllm.results.run_dir import RunDir
 from fedllm.results.storage import explained
-from fedllm.results.timeline import Timeline
+from fedllm.results.timeline import Timeline, num_clients_of
 
 _VIEW_LOOKS: Mapping[str, dict[str, Any]] = {
     "global": {"color": style.BLUE, "marker": "o"},
@@ -40,7 +40,7 @@ def plot_run(run: RunDir) -> list[Path]:
     history = History.of(run)
     source = run.path / "heterogeneity.json"
     split = json.loads(source.read_text(encoding="utf-8")) if source.exists() else None
-    course, num_clients = Timeline.of(run), _population(split)
+    course, num_clients = Timeline.of(run), num_clients_of(run)
     drawings: dict[str, Callable[[], Figure | None]] = {
         "quality": lambda: quality(history),
         "training_loss": lambda: training_loss(history),
@@ -49,7 +49,7 @@ def plot_run(run: RunDir) -> list[Path]:
         "agg_error": lambda: aggregation_error(history),
         "heterogeneity": lambda: heterogeneity(split) if split else None,
         "timeline": lambda: time_plots.timeline(course),
-        "quality_for_cost": lambda: time_plots.quality_for_cost(history),
+        "quality_for_cost": lambda: time_plots.quality_for_cost(history, _VIEW_LOOKS),
         "participation": lambda: time_plots.participation(course, num_clients),
         "utilisation": lambda: time_plots.utilisation(course),
         "staleness": lambda: time_plots.staleness(course),
@@ -62,10 +62,6 @@ def plot_run(run: RunDir) -> list[Path]:
             with explained(path, "The run itself is untouched."):
                 written.append(style.save(figure, path))
     return written
-
-
-def _population(split: Mapping[str, Any] | None) -> int:
-    return len(split["counts"]) if split else 0
 
 
 def training_loss(history: History) -> Figure | None:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from fedllm.errors import RunError
 from fedllm.results import report_figures as draw
+from fedllm.results import report_tables as tables
 from fedllm.results.history import History
 from fedllm.results.run_dir import CONFIG_FILE, RunDir
 from fedllm.results.storage import explained, write_text
 from fedllm.results.summary import Overview, overview, summary_rows
 from fedllm.results.time_plots import time_unit
-from fedllm.results.timeline import OUTCOMES, Timeline, gini
+from fedllm.results.timeline import USED, Timeline
 
-_MAX_ROUNDS = 200
-"""Rows of the table of rounds; of more, some are left out evenly."""
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';\
+ img-src data: blob:; form-action 'none'; base-uri 'none'"
+"""What a browser may load: what stands in the page."""
+_PLOTLY = {
+    "responsive": True,
+    "displaylogo": False,
+    # plotly offers to send a figure's data to its own server; nothing of a run leaves the page
+    "showSendToCloud": False,
+    "modeBarButtons": [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+}
 _CSS = """
 :root { color-scheme: light dark; --edge: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+h1, p { overflow-wrap: anywhere; }
 .cards { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
 .card { border: 1px solid var(--edge); border-radius: .5rem; padding: .5rem .8rem; }
 .card b { display: block; font-size: 1.2rem; }
@@ -30,7 +40,6 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--edge); }
 td:first-child, th:first-child { text-align: left; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .8rem; }
-.plot { background: #fff; border-radius: .5rem; margin: .8rem 0; }
 """
 
 
@@ -43,12 +52,14 @@ def write_report(run: RunDir, to: Path | None = None) -> Path:
 
     Raises:
         RunError: If another file is there, or nothing can be written.
+        ConfigError: If the run's configuration is not one of this version's.
     """
-    from fedllm.errors import RunError
-
-    path = run.path / "report.html" if to is None else to
-    if to is not None and to.exists():
-        raise RunError(f"{to} exists, and nothing is overwritten; choose another name")
+    own = run.path / "report.html"
+    path = own if to is None else to
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; give the name of a file, such as {path / 'run.html'}")
+    if path.exists() and path.resolve() != own.resolve():
+        raise RunError(f"{path} exists, and nothing is overwritten; choose another name")
     with explained(path, "The run itself is untouched."):
         write_text(path, page(run))
     return path
@@ -57,46 +68,52 @@ def write_report(run: RunDir, to: Path | None = None) -> Path:
 def page(run: RunDir) -> str:
     """Return the whole page; text of the run is escaped, and the script stands in the page."""
     facts, history, course = overview(run), History.of(run), Timeline.of(run)
-    figures = [
-        ("Quality", draw.quality(history, "round")),
-        ("Quality over virtual time", draw.quality(history, "virtual_time_s")),
-        ("Quality for bytes", draw.quality(history, "bytes")),
-        ("Quality for energy", draw.quality(history, "energy_total_j")),
-        ("What clients did", draw.gantt(course)),
-        ("Who contributed", draw.participation(course, facts.num_clients)),
-        ("What work came to", draw.outcomes(course)),
-        ("How late updates were", draw.staleness(course)),
-    ]
-    parts = [
-        f"<h1>{html.escape(facts.name)}</h1>",
-        _subtitle(facts),
-        _cards(facts, history, course),
-    ]
-    for number, (title, figure) in enumerate(figures):
-        if figure is not None:
-            parts.append(f"<h2>{title}</h2>{_div(figure, number)}")
-    parts += ["<h2>Metrics</h2>", _metrics(run), _fairness(history), _outcome_table(course)]
-    parts += ["<h2>Rounds</h2>", _rounds(history), "<h2>Configuration</h2>"]
-    parts += [
-        _file(run.path / CONFIG_FILE),
-        "<h2>Environment</h2>",
-        _file(run.path / "environment.json"),
-    ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">\
-<title>{html.escape(facts.name)}</title><style>{_CSS}</style><script>{get_plotlyjs()}</script>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    clients = facts.num_clients
+    figures = {
+        "Quality": draw.quality(history, "round"),
+        "Quality over virtual time": draw.quality(history, "virtual_time_s"),
+        "Quality for bytes": draw.quality(history, "bytes"),
+        "Quality for energy": draw.quality(history, "energy_total_j"),
+        "What clients did": draw.gantt(course),
+        "Who contributed": draw.participation(course, clients),
+        "How much of their time clients work": draw.utilisation(course),
+        "What work came to": draw.outcomes(course),
+        "How late updates were": draw.staleness(course),
+    }
+    sections = {
+        **{title: _div(found, number) for number, (title, found) in enumerate(figures.items())},
+        "Metrics": tables.metrics(summary_rows(run)),
+        "Fairness": tables.fairness(history, course, clients),
+        "Jobs": tables.jobs(course),
+        "Rounds": tables.rounds(history),
+        "Configuration": _file(run.path / CONFIG_FILE),
+        "Environment": _file(run.path / "environment.json"),
+    }
+    title = html.escape(facts.name)
+    body = "".join(f"<h2>{head}</h2>{inside}" for head, inside in sections.items() if inside)
+    top = f"<h1>{title}</h1>{_subtitle(facts)}{_cards(facts, history, course)}"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{title}</title><style>{_CSS}</style>"
+    head += f"<script>{get_plotlyjs()}</script>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{top}{body}</body></html>\n"
 
 
 def _div(figure: Any, number: int) -> str:
+    if figure is None:
+        return ""
     inside = figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=f"plot{number}",
-        config={"responsive": True, "displaylogo": False},
+        full_html=False, include_plotlyjs=False, div_id=f"plot{number}", config=_PLOTLY
     )  # fmt: skip
     return f'<div class="plot">{inside}</div>'
 
 
 def _subtitle(facts: Overview) -> str:
-    words = (facts.algorithm, facts.model, facts.data, facts.partition, f"seed {facts.seed}")
+    words = [facts.algorithm, facts.model, facts.data, facts.partition, f"seed {facts.seed}"]
+    if facts.ended:
+        words.append(f"ended early: {facts.ended}")
+    elif not facts.is_finished:
+        words.append("goes on, or was stopped")
     return f"<p>{' · '.join(html.escape(word) for word in words)}</p>"
 
 
@@ -111,8 +128,10 @@ def _cards(facts: Overview, history: History, course: Timeline) -> str:
     if course.has_time:
         unit, name = time_unit(course.end_s)
         shown["virtual time"] = f"{course.end_s / unit:.1f} {name}"
-        joules = sum(row["energy_j"] for row in course.ledger)
-        shown["energy of clients"] = f"{joules / 1e3:.3g} kJ"
+        shown["energy of clients"] = f"{facts.energy_j / 1e3:.3g} kJ"
+        spent = course.seconds_by_outcome()
+        total = sum(spent.values())
+        shown["work that was used"] = f"{spent.get(USED, 0.0) / total:.0%}" if total else "-"
     shown["sent up"] = f"{facts.bytes_up / 1e6:.1f} MB"
     shown["sent down"] = f"{facts.bytes_down / 1e6:.1f} MB"
     shown["clients"] = str(facts.num_clients)
@@ -121,75 +140,6 @@ def _cards(facts: Overview, history: History, course: Timeline) -> str:
         for key, value in shown.items()
     )
     return f'<div class="cards">{cards}</div>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def row(cells: Sequence[object], tag: str) -> str:
-        inside = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-        return f"<tr>{inside}</tr>"
-
-    body = "".join(row(cells, "td") for cells in rows)
-    return f'<div class="scroll"><table>{row(head, "th")}{body}</table></div>'
-
-
-def _metrics(run: RunDir) -> str:
-    rows = [
-        (r.metric, r.view, f"{r.first:.4g}", f"{r.last:.4g}", f"{r.best:.4g}", r.best_round)
-        for r in summary_rows(run)
-    ]
-    return _table(("metric", "of", "first", "last", "best", "round"), rows)
-
-
-def _fairness(history: History) -> str:
-    """Tell how the best and the worst tenth of clients fare."""
-    metric = history.main_metric
-    if metric is None:
-        return ""
-    rows = []
-    for part in ("clients", "personal"):
-        values = sorted(history.by_client(part, metric).values())
-        if values:
-            tenth = max(len(values) // 10, 1)
-            ends = (values[:tenth], values[-tenth:], values)
-            low, high, mean = (f"{sum(own) / len(own):.4g}" for own in ends)
-            rows.append((part, len(values), mean, low, high, f"{gini(values):.3f}"))
-    head = ("model on own rows", "clients", "mean", "lowest tenth", "highest tenth", "Gini")
-    return "<h2>Fairness</h2>" + _table(head, rows) if rows else ""
-
-
-def _outcome_table(course: Timeline) -> str:
-    if not course.has_time:
-        return ""
-    spent = course.seconds_by_outcome()
-    rows = [
-        (key, OUTCOMES.get(key, ""), count, f"{spent.get(key, 0.0) / 3600:.3g}")
-        for key, count in course.outcomes.items()
-    ]
-    return "<h2>Jobs</h2>" + _table(("outcome", "because", "jobs", "client-hours"), rows)
-
-
-def _rounds(history: History) -> str:
-    records = history.records
-    step = -(-len(records) // _MAX_ROUNDS) or 1
-    metric = history.main_metric or ""
-    rows = []
-    for record in (r for i, r in enumerate(records) if i % step == 0 or i == len(records) - 1):
-        found = ((record.get("eval") or {}).get("global") or {}).get(metric)
-        train, sent = record.get("train") or {}, record.get("bytes") or {}
-        late = record.get("staleness") or {}
-        rows.append(
-            (
-                record["round"],
-                f"{record.get('virtual_time_s', 0.0) / 3600:.3g}",
-                "" if found is None else f"{found:.4g}",
-                f"{train['loss']:.4g}" if train.get("loss") is not None else "",
-                f"{sent.get('up', 0) / 1e6:.2f}",
-                len(train.get("clients", ())),
-                f"{late['mean']:.1f}" if late else "",
-            )
-        )
-    head = ("round", "hours", metric, "train loss", "MB up", "updates", "versions late")
-    return _table(head, rows)
 
 
 def _file(path: Path) -> str:
