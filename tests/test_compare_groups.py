@@ -40,6 +40,15 @@ def test_name_and_seed_do_not_make_a_group(tmp_path: Path) -> None:
     assert group.label == "0"
 
 
+def test_where_a_run_is_computed_does_not_make_a_group(tmp_path: Path) -> None:
+    paths = [
+        made(tmp_path / str(n), mode="realistic", seed=n, execution={"workers": n})
+        for n in range(2)
+    ]
+    (group,) = compare(paths)
+    assert group.settings == {}
+
+
 def test_groups_of_one_schedule_are_told_apart_by_its_settings(tmp_path: Path) -> None:
     paths = [
         scheduled(tmp_path / "a", **ASYNC),

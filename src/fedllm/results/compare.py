@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ TOTALS = {
 }
 """What is told of whole runs; places as in `COSTS`."""
 _COMMON_VIEWS = ("global", "personal mean", "client mean")
-_NOT_COMPARED = ("name", "output_dir", "seed")
-"""Keys in which runs of one group may differ."""
+_NOT_COMPARED = re.compile(r"(name|output_dir|seed)$|execution\.")
+"""Keys in which runs of one group may differ: where a run is computed is not part of its result."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def compare(
         for key in {key for own in flat for key in own}
         if len({repr(f.get(key)) for f in flat}) > 1
     )
-    told = [key for key in differing if key not in _NOT_COMPARED]
+    told = [key for key in differing if not _NOT_COMPARED.match(key)]
     members: dict[str, list[int]] = {}
     for place, own in enumerate(flat):
         members.setdefault(repr([own.get(key) for key in told]), []).append(place)
