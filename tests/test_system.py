@@ -337,6 +337,10 @@ def test_devices_and_links_of_a_trace_are_drawn(tmp_path: Path) -> None:
     base = world({"devices": {"of": "phone-mid"}}).device(0).flops_per_s
     assert found == pytest.approx([base * speed for speed in speeds])
     assert {device.memory_bytes for device in made.devices.kinds} == {4e9}
+    told = tmp_path / "told.jsonl"
+    write_as(Record(10.0, capacities={"a": {"flops_per_s": 2e12}}), "ours", told)
+    (own,) = world({"devices": {"of": "trace", "trace": told}}).devices.kinds
+    assert own.flops_per_s == 2e12
     rates = {round(link["down_bps"] * (1 - link["loss"])) for link in record.links.values()}
     for cid in range(20):
         seconds = made.download_s(cid, 10**9, 0.0, 1) - 0.05

@@ -19,6 +19,10 @@ trace_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _HOURS = 24
+_DAYS = 7
+"""Days at the beginning of a trace over which `inspect` takes the mean."""
+_DRAWN, _STEPS = 40, 240
+"""Clients, and moments, that `plot` draws."""
 _DAY_S, _HOUR_S = 86400.0, 3600.0
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace.")]
@@ -29,6 +33,10 @@ Format = Annotated[
 PolicyOption = Annotated[
     Literal["flash", "reference"],
     typer.Option("--policy", help="For FLASH: when a phone counts as there."),
+]
+TimeZone = Annotated[
+    str,
+    typer.Option("--time-zone", metavar="ZONE", help="For FLASH: where its clocks stand."),
 ]
 Malformed = Annotated[
     float,
@@ -42,6 +50,11 @@ def import_file(
     to: Annotated[Path, typer.Option("--to", metavar="OUT", help="A new .jsonl or .parquet.")],
     kind: Format = "auto",
     policy: PolicyOption = "flash",
+    time_zone: TimeZone = "UTC",
+    unknown: Annotated[
+        Literal["wrap", "available", "unavailable"] | None,
+        typer.Option("--unknown", help="What holds where nothing is known of a client."),
+    ] = None,
     malformed: Malformed = 0.05,
 ) -> None:
     """Turn a trace of another program into our own format."""
@@ -49,7 +62,9 @@ def import_file(
     with reported():
         from fedllm.system.traces import import_trace, write_record
 
-        record, problems = import_trace(file, kind, policy=policy, malformed=malformed)
+        record, problems = import_trace(
+            file, kind, policy=policy, time_zone=time_zone, unknown=unknown, malformed=malformed
+        )
         write_record(record, to)
         _tell_problems(console, problems)
         console.print(f"{to}: {_counts(record)}", highlight=False, soft_wrap=True)
@@ -60,6 +75,7 @@ def inspect(
     file: File,
     kind: Format = "auto",
     policy: PolicyOption = "flash",
+    time_zone: TimeZone = "UTC",
     malformed: Malformed = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -67,7 +83,9 @@ def inspect(
     with reported():
         from fedllm.system.traces import import_trace
 
-        record, problems = import_trace(file, kind, policy=policy, malformed=malformed)
+        record, problems = import_trace(
+            file, kind, policy=policy, time_zone=time_zone, malformed=malformed
+        )
         found = _described(record, problems)
         if as_json:
             typer.echo(json.dumps(found, indent=2))
@@ -111,16 +129,21 @@ def plot(
     with reported():
         from fedllm.errors import DataError
         from fedllm.results.trace_plot import plot_trace
-        from fedllm.system.traces import import_trace
+        from fedllm.system.traces import import_trace, make_way
 
-        if to.exists():
-            raise DataError(f"{to} exists, and nothing is overwritten; choose another name")
-        record, _ = import_trace(file, kind, policy=policy, malformed=malformed)
-        trace = record.trace()
-        count = min(trace.num_clients, 40)
-        windows = {str(trace.names[i]): trace.windows(i) for i in range(count)}
-        times = [trace.span_s * step / 240 for step in range(240)]
-        plot_trace(windows, times, trace.share_available(times), to)
+        if to.suffix != ".png":
+            raise DataError(f"{to}: pictures are written as .png; choose such a name")
+        make_way(to)
+        trace = import_trace(file, kind, policy=policy, malformed=malformed)[0].trace()
+        if not trace.num_windows:
+            raise DataError(f"{file} holds no window, so there is nothing to draw")
+        span = trace.span_s
+        drawn = {
+            str(trace.names[index]): [(low, min(high, span)) for low, high in trace.windows(index)]
+            for index in range(min(trace.num_clients, _DRAWN))
+        }
+        times = [span * step / _STEPS for step in range(_STEPS)]
+        plot_trace(drawn, times, trace.share_available(times), to)
         typer.echo(str(to))
 
 
@@ -139,14 +162,16 @@ def _described(record: Any, problems: Any) -> dict[str, Any]:
     days = max(int(record.span_s // _DAY_S), 1)
     if record.windows:
         for hour in range(_HOURS):
-            times = [day * _DAY_S + (hour + 0.5) * _HOUR_S for day in range(min(days, 7))]
+            times = [day * _DAY_S + (hour + 0.5) * _HOUR_S for day in range(min(days, _DAYS))]
             found = trace.share_available(times)
             hours.append(sum(found) / len(found))
     return {
         "source": record.source,
+        "origin": record.origin,
         "clients": len(record.windows),
         "span_s": record.span_s,
         "wraps": record.wraps,
+        "unknown": record.unknown,
         "windows": len(lengths),
         "median_window_s": lengths[len(lengths) // 2] if lengths else None,
         "clients_never_there": sum(not own for own in record.windows.values()),
@@ -155,6 +180,7 @@ def _described(record: Any, problems: Any) -> dict[str, Any]:
         "links": len(record.links),
         "lines": problems.lines,
         "malformed": problems.count,
+        "unknown_events": dict(problems.unknown_events),
     }
 
 
@@ -168,7 +194,9 @@ def _print(console: Console, record: Any, problems: Any, found: dict[str, Any]) 
     for hour, share in enumerate(found["share_available_by_hour"]):
         rows.add_row(f"{hour:02d}:00", f"{share:4.0%}", "█" * round(40 * share))
     if found["share_available_by_hour"]:
-        console.print("\nshare of the clients that is there, by hour of the trace:")
+        since = f" from {record.origin}" if record.origin else " of the trace"
+        told = f"\nshare of the clients that is there, by hour{since}:"
+        console.print(told, highlight=False, soft_wrap=True)
         console.print(rows)
     _tell_problems(console, problems)
 
@@ -182,3 +210,6 @@ def _tell_problems(console: Console, problems: Any) -> None:
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
         if problems.count > len(problems.named):
             console.print(f"  ... and {problems.count - len(problems.named)} more")
+    for event, count in problems.unknown_events.most_common(10):
+        told = f"event {event!r} is not known, and changes nothing: {count} lines"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -122,6 +122,8 @@ def read_ai_benchmark(path: Path) -> Sequence[Device]:
 def read_capacities(path: Path) -> Sequence[Device]:
     """Return the devices of a trace in our own format, as fast as they are told to be.
 
+    `flops_per_s` is taken as what is reached in training; the rest is `phone-mid`'s.
+
     Raises:
         ConfigError: If it is no such trace, or tells no capacity.
     """
@@ -132,7 +134,8 @@ def read_capacities(path: Path) -> Sequence[Device]:
         tflops = base.tflops * told.get("relative_speed", 1.0)
         memory = told.get("memory_bytes", base.memory_gb * 1e9) / 1e9
         profile = base.model_copy(update={"tflops": tflops, "memory_gb": memory})
-        devices.append(_device(f"trace {name}", profile))
+        device = _device(f"trace {name}", profile)
+        devices.append(device._replace(flops_per_s=told.get("flops_per_s", device.flops_per_s)))
     if not devices:
         raise ConfigError([f"system.devices.trace: {path} tells no capacity of a client"])
     return devices

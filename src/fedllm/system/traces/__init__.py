@@ -2,7 +2,7 @@
 
 from fedllm.system.traces.formats import FORMATS, TraceFormat, import_trace
 from fedllm.system.traces.generate import BEHAVIOURS, generate, write_as
-from fedllm.system.traces.own_format import Record, read_record, write_record
+from fedllm.system.traces.own_format import Record, make_way, read_record, write_record
 from fedllm.system.traces.problems import Problems
 from fedllm.system.traces.window_trace import WindowTrace
 
@@ -15,6 +15,7 @@ __all__ = [
     "WindowTrace",
     "generate",
     "import_trace",
+    "make_way",
     "read_record",
     "write_as",
     "write_record",

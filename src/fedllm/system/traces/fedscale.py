@@ -1,12 +1,14 @@
 """FedScale's pickled traces, read by an unpickler that makes nothing but plain containers.
 
 `client_behave_trace`: id to `active`, `inactive` (seconds, paired) and `finish_time`; a client is
-there while active[i] <= t mod finish_time <= inactive[i]. `client_device_capacity`: id to
-`computation` (milliseconds a sample) and `communication` (kbit/s).
+there while active[i] <= t mod finish_time <= inactive[i]; here a window's last instant is no part
+of it. `client_device_capacity`: id to `computation` (milliseconds a sample) and `communication`
+(kbit/s).
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import statistics
 from pathlib import Path
@@ -75,12 +77,14 @@ def _behaviour(record: Record, client: str, row: Any) -> str:
     try:
         active, inactive = [list(map(float, row[key])) for key in ("active", "inactive")]
         finish = float(row["finish_time"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         return "needs active and inactive (lists of seconds) and finish_time"
+    if not all(map(math.isfinite, (*active, *inactive, finish))):
+        return "times must be finite"
     if finish <= 0 or len(inactive) not in (len(active), len(active) - 1):
         return "needs a positive finish_time, and an inactive for each active"
     ends = [*inactive, finish][: len(active)]
-    windows = [(low, min(high, finish)) for low, high in zip(active, ends, strict=True)]
+    windows = [(max(low, 0.0), min(high, finish)) for low, high in zip(active, ends, strict=True)]
     record.windows[client] = merge(windows)
     record.coverage[client] = 0.0, finish
     record.span_s = max(record.span_s, finish)
@@ -90,9 +94,9 @@ def _behaviour(record: Record, client: str, row: Any) -> str:
 def _capacity(record: Record, client: str, row: Any) -> str:
     try:
         computing, kbps = float(row["computation"]), float(row["communication"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         return "needs computation (ms a sample) and communication (kbit/s)"
-    if computing <= 0 or kbps <= 0:
+    if not (0 < computing < math.inf and 0 < kbps < math.inf):
         return "computation and communication must be positive"
     record.capacities[client] = {"relative_speed": 1.0 / computing}
     record.links[client] = {"up_bps": 1e3 * kbps, "down_bps": 1e3 * kbps}

@@ -4,20 +4,24 @@ Yang et al., "Characterizing Impacts of Heterogeneity in Federated Learning upon
 Smartphone Data", WWW 2021: for each client a text of lines, each a time, a tab and an event.
 
 `flash` is FLASH's own rule: a phone is there while it is locked, charging and on Wi-Fi, which 2G to
-5G and "unknown" end, and its trace comes again from its beginning. `reference` is what the
-published FedLLM-Factory makes of the same file: the screen may be off instead of locked, only 2G
-and "unknown" end Wi-Fi, windows below a minute are dropped, and nothing comes again.
+5G and "unknown" end, however it is written, and its trace comes again from its beginning.
+`reference` is what the published FedLLM-Factory (utils/trace_utils.py) makes of the same file: the
+screen may be off instead of locked, only "2G" and "Unknown", written so, end Wi-Fi, events of one
+second are looked at one by one, windows below a minute are dropped, and nothing comes again.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from itertools import groupby
+from datetime import UTC, datetime, tzinfo
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import ZoneInfo, available_timezones
 
 from fedllm.errors import DataError
 from fedllm.system.traces.own_format import Record
@@ -25,13 +29,17 @@ from fedllm.system.traces.problems import Problems
 from fedllm.system.traces.window_trace import Window, merge
 
 Policy = Literal["flash", "reference"]
-_SHORTEST_S = 60.0
-_MOBILE = frozenset({"2g", "3g", "4g", "5g"})
-_KNOWN = _MOBILE | {
+_SHORTEST_S, _DAY_S = 60.0, 86400.0
+_ENDS_WIFI: Mapping[Policy, frozenset[str]] = {
+    "flash": frozenset({"2g", "3g", "4g", "5g", "unknown"}),
+    "reference": frozenset({"2G", "Unknown"}),
+}
+_KNOWN = _ENDS_WIFI["flash"] | {
     *("battery_charged_on", "battery_charged_off", "battery_low", "battery_okay"),
     *("screen_on", "screen_off", "screen_lock", "screen_unlock", "phone_on", "phone_off"),
-    *("wifi", "unknown"),
+    "wifi",
 }
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
 @dataclass
@@ -42,18 +50,16 @@ class _Phone:
     is_on_wifi: bool = False
 
     def take(self, event: str, policy: Policy) -> None:
-        match event:
-            case "screen_lock" | "screen_unlock":
-                self.is_locked = event == "screen_lock"
-            case "screen_on" | "screen_off":
-                self.is_screen_off = event == "screen_off"
-            case "battery_charged_on" | "battery_charged_off":
-                self.is_charging = event == "battery_charged_on"
+        match event.lower() if policy == "flash" else event:
+            case "screen_lock" | "screen_unlock" as change:
+                self.is_locked = change == "screen_lock"
+            case "screen_on" | "screen_off" as change:
+                self.is_screen_off = change == "screen_off"
+            case "battery_charged_on" | "battery_charged_off" as change:
+                self.is_charging = change == "battery_charged_on"
             case "wifi":
                 self.is_on_wifi = True
-            case "unknown" | "2g":
-                self.is_on_wifi = False
-            case _ if event in _MOBILE and policy == "flash":
+            case change if change in _ENDS_WIFI[policy]:
                 self.is_on_wifi = False
 
     def is_ready(self, policy: Policy) -> bool:
@@ -61,86 +67,119 @@ class _Phone:
         return is_unused and self.is_charging and self.is_on_wifi
 
 
-def read_flash(path: Path, policy: Policy = "flash") -> tuple[Record, Problems]:
+def read_flash(
+    path: Path, policy: Policy = "flash", time_zone: str = "UTC"
+) -> tuple[Record, Problems]:
     """Read a file of FLASH's, every client's messages once.
 
-    Time 0 is midnight before the first message of all. A line that cannot be read is left out.
+    Second 0 is the midnight before the first message of all. A line that cannot be read is left
+    out; an event that is not known is counted, and changes nothing.
+
+    Args:
+        path: The file.
+        policy: When a phone counts as there.
+        time_zone: Where the clocks are that the file's times were read from.
 
     Raises:
-        DataError: If the file is no such table.
+        DataError: If the file is no such table, or the time zone is not known.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"there is no trace {path}; check the path") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise DataError(f"{path} is no table of clients with messages, as FLASH publishes it")
+    zone = _zone(time_zone)
     problems, told = Problems(path), {}
-    for key, client in table.items():
-        told[str(key)] = list(_messages(str(key), client, problems))
+    for key, client in _table(path).items():
+        told[key] = sorted(_messages(key, client, zone, problems), key=itemgetter(0))
     firsts = [lines[0][0] for lines in told.values() if lines]
     if not firsts:
         raise DataError(f"{path} has no line that tells a time and an event")
-    origin = min(firsts).replace(hour=0, minute=0, second=0, microsecond=0)
-    record = Record(0.0, wraps=policy == "flash", source=f"{path.name}, policy {policy}")
+    first = min(firsts).astimezone(zone)
+    origin = first.replace(hour=0, minute=0, second=0).astimezone(UTC)
+    record = Record(0.0, policy == "flash", f"{path.name}, policy {policy}")
+    record.origin = origin.astimezone(zone).isoformat()
     for key, lines in told.items():
         seconds = [((time - origin).total_seconds(), event) for time, event in lines]
         record.windows[key] = windows_of(seconds, policy)
         if len(seconds) > 1 and seconds[-1][0] > seconds[0][0]:
             record.coverage[key] = seconds[0][0], seconds[-1][0]
             record.span_s = max(record.span_s, seconds[-1][0])
-    days = -(-max(record.span_s, 1.0) // timedelta(days=1).total_seconds())
-    record.span_s = days * timedelta(days=1).total_seconds()
+    record.span_s = _DAY_S * -(-max(record.span_s, 1.0) // _DAY_S)
     return record, problems
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"there is no trace {path}; check the path") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise DataError(f"{path} is no table of clients with messages, as FLASH publishes it")
+    return table
+
+
+def _zone(name: str) -> tzinfo:
+    if name == "UTC":  # known where no database of time zones is, too
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (OSError, ValueError, KeyError):
+        near = difflib.get_close_matches(name, available_timezones(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "names are like Europe/Berlin or UTC"
+        raise DataError(f"there is no time zone {name!r}; {hint}") from None
 
 
 def windows_of(events: list[tuple[float, str]], policy: Policy) -> list[Window]:
     """Return when a phone is there, from its events in order of time.
 
     All events of one second are taken before it is looked at: a phone that is plugged in and
-    unplugged in the same second is not there.
+    unplugged in the same second is not there. `reference` looks after each event.
     """
-    phone, found, since = _Phone(), [], None
-    for time_s, group in groupby(events, key=lambda event: event[0]):
-        for _, event in group:
-            phone.take(event, policy)
+    phone, found, since = _Phone(), list[Window](), None
+    for place, (time_s, event) in enumerate(events):
+        phone.take(event, policy)
+        is_last = place + 1 == len(events)
+        if policy == "flash" and not is_last and events[place + 1][0] == time_s:
+            continue
         if phone.is_ready(policy) and since is None:
             since = time_s
         elif not phone.is_ready(policy) and since is not None:
             found.append((since, time_s))
             since = None
-    if since is not None and events:
+    if since is not None:
         found.append((since, events[-1][0]))
-    merged = merge(found)
     if policy == "reference":
-        merged = [window for window in merged if window[1] - window[0] >= _SHORTEST_S]
-    return merged
+        found = [window for window in found if window[1] - window[0] >= _SHORTEST_S]
+    return merge(found)
 
 
-def _messages(key: str, client: Any, problems: Problems) -> Iterator[tuple[datetime, str]]:
-    """Yield the time and event of each line, in order of time."""
+def _messages(
+    key: str, client: Any, zone: tzinfo, problems: Problems
+) -> Iterator[tuple[datetime, str]]:
+    """Yield the time, in UTC, and event of each line."""
     messages = client.get("messages") if isinstance(client, dict) else None
     if not isinstance(messages, str):
         problems.lines += 1
         problems.add(f"client {key}", "has no messages")
         return
-    found = []
     for number, line in enumerate(messages.splitlines(), start=1):
         if not line.strip():
             continue
         problems.lines += 1
-        where = f"client {key}, message {number}"
-        stamp, tab, event = line.partition("\t")
-        event = event.strip().lower()
-        try:
-            time = datetime.strptime(stamp.strip(), "%Y-%m-%d %H:%M:%S")
-        except ValueError:
-            problems.add(where, f"no time like 2020-01-31 23:59:59 in {line[:40]!r}")
+        stamp, _, event = (part.strip() for part in line.strip().partition("\t"))
+        time = _time(stamp, zone)
+        if time is None or not event:
+            wanted = "event after a tab" if time else "time like 2020-01-31 23:59:59"
+            problems.add(f"client {key}, message {number}", f"no {wanted} in {line[:40]!r}")
             continue
-        if not tab or not (event in _KNOWN or event.rstrip("%").replace(".", "", 1).isdigit()):
-            problems.add(where, f"no known event in {line[:40]!r}")
-            continue
-        found.append((time, event))
-    yield from sorted(found, key=lambda pair: pair[0])
+        name = event.lower()
+        if name not in _KNOWN and not name.rstrip("%").replace(".", "", 1).isdigit():
+            problems.unknown_events[name[:40]] += 1
+        yield time, event
+
+
+def _time(stamp: str, zone: tzinfo) -> datetime | None:
+    try:
+        # fromisoformat is ten times as fast as strptime, and lets more pass
+        local = datetime.fromisoformat(stamp) if _STAMP.fullmatch(stamp) else None
+        return local and local.replace(tzinfo=zone).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None

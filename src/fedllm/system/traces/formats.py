@@ -12,6 +12,7 @@ from fedllm.system.traces.flash import Policy, read_flash
 from fedllm.system.traces.own_format import FORMAT, Record, read_record
 from fedllm.system.traces.plato import read_plato
 from fedllm.system.traces.problems import Problems
+from fedllm.system.traces.window_trace import Unknown
 
 TraceFormat = Literal["flash", "fedscale", "plato", "ours"]
 FORMATS: Mapping[TraceFormat, str] = {
@@ -28,6 +29,8 @@ def import_trace(
     kind: TraceFormat | Literal["auto"] = "auto",
     *,
     policy: Policy = "flash",
+    time_zone: str = "UTC",
+    unknown: Unknown | None = None,
     malformed: float = 0.05,
 ) -> tuple[Record, Problems]:
     """Read a trace of any format.
@@ -36,6 +39,8 @@ def import_trace(
         path: The file.
         kind: Its format; `auto` looks at how it begins.
         policy: For FLASH: when a phone counts as there.
+        time_zone: For FLASH: where its clocks are, such as `Asia/Shanghai`.
+        unknown: What holds where nothing is known of a client; by default as the trace says.
         malformed: Largest share of lines that may be wrong.
 
     Raises:
@@ -43,13 +48,15 @@ def import_trace(
     """
     chosen = recognised(path) if kind == "auto" else kind
     readers: Mapping[str, Callable[[], tuple[Record, Problems]]] = {
-        "flash": lambda: read_flash(path, policy),
+        "flash": lambda: read_flash(path, policy, time_zone),
         "fedscale": lambda: read_fedscale(path),
         "plato": lambda: read_plato(path),
         "ours": lambda: read_record(path),
     }
     record, problems = readers[chosen]()
     problems.check(malformed)
+    if unknown is not None:
+        record.unknown = unknown
     return record, problems
 
 

@@ -5,32 +5,33 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from fedllm.errors import DataError
 from fedllm.seeding import rng
-from fedllm.system.traces.own_format import Record, write_record
+from fedllm.system.traces.own_format import Record, make_way, write_record
 from fedllm.system.traces.window_trace import Window, merge
 
 Behaviour = Literal["overnight", "office", "random"]
+Written = Literal["ours", "flash", "fedscale", "fedscale-capacity", "plato"]
 BEHAVIOURS: Mapping[Behaviour, str] = {
     "overnight": "from about 22:00 to 6:00 of the client's local time, on most nights",
     "office": "from about 9:00 to 17:00 on working days",
     "random": "on and off for exponential times of about two hours",
 }
 _DAY_S, _HOUR_S = 86400, 3600
-_ORIGIN = datetime(2020, 1, 6)  # a Monday; formats have no time zones
+_ORIGIN = datetime(2020, 1, 6, tzinfo=UTC)  # a Monday
 _ZONES = (-8, -5, 0, 1, 5.5, 9)
 
 
 def generate(clients: int, days: int, behaviour: Behaviour = "overnight", seed: int = 0) -> Record:
     """Return made-up windows to the second, and capacities and links of the same clients."""
     span = days * _DAY_S
-    record = Record(float(span), source=f"generated: {behaviour}, seed {seed}")
+    source = f"generated: {behaviour}, seed {seed}"
+    record = Record(float(span), source=source, origin=_ORIGIN.isoformat())
     for client in range(clients):
         stream = rng(seed, "trace", client)
         name = f"client-{client}"
@@ -66,15 +67,16 @@ def _random(stream: np.random.Generator, span: int) -> list[Window]:
     return [(float(low), float(high)) for low, high in found if high > 0]
 
 
-def write_as(record: Record, kind: str, path: Path) -> None:
+def write_as(record: Record, kind: Written, path: Path) -> None:
     """Write a trace in one of the formats that `import_trace` reads; `fedscale` is its behaviour.
 
     Raises:
-        DataError: If a file is there already.
+        DataError: If a file is there already, or cannot be.
     """
-    if path.exists():
-        raise DataError(f"{path} exists, and nothing is overwritten; choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "ours":
+        write_record(record, path)
+        return
+    make_way(path)
     match kind:
         case "flash":
             path.write_text(json.dumps(_flash(record), indent=1), encoding="utf-8")
@@ -84,8 +86,6 @@ def write_as(record: Record, kind: str, path: Path) -> None:
             path.write_bytes(pickle.dumps(_capacity(record)))
         case "plato":
             path.write_text(_plato(record), encoding="utf-8")
-        case _:
-            write_record(record, path)
 
 
 def _flash(record: Record) -> dict[str, dict[str, str]]:

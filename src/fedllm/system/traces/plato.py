@@ -1,12 +1,14 @@
 """Lists of transitions, as users of Plato asked for: `<client>: on, [54, 890, 2042]`.
 
-A client begins `on` or `off` at second 0, and changes at each of the seconds. In JSON the same is
+A client begins `on` or `off` at second 0, and changes at each of the seconds. The trace covers the
+time up to the last transition of all, and comes again. In JSON the same is
 `{"<client>": ["on", [54, 890, 2042]]}`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ def read_plato(path: Path) -> tuple[Record, Problems]:
         problems.lines += 1
         if client is None:
             problems.add(where, "not like `client: on, [54, 890]`")
-        elif times != sorted(times) or any(time < 0 for time in times):
+        elif times != sorted(times) or not all(0 <= time < math.inf for time in times):
             problems.add(where, "transitions must be seconds in ascending order")
         else:
             found.append((client, state, times))
@@ -72,7 +74,7 @@ def _from_json(client: str, value: Any) -> tuple[Any, str | None, str, list[floa
         if state not in ("on", "off"):
             raise ValueError
         return f"client {client}", client, state, [float(time) for time in times]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return f"client {client}", None, "", []
 
 

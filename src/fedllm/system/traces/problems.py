@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,8 @@ class Problems:
     lines: int = 0
     """Read in all."""
     named: list[str] = field(default_factory=list)
+    unknown_events: Counter[str] = field(default_factory=Counter)
+    """Events that mean nothing to us, and how often; their lines are not wrong."""
 
     def add(self, line: int | str, reason: str) -> None:
         """Take note of a line."""

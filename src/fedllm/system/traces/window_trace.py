@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedllm.errors import DataError
+
 Window = tuple[float, float]
 Unknown = Literal["unavailable", "available", "wrap"]
 
@@ -19,9 +21,10 @@ Unknown = Literal["unavailable", "available", "wrap"]
 class WindowTrace:
     """When each of many clients is there.
 
-    Memory: two numbers a window and three a client. A question costs a bisection.
+    Memory: two numbers a window and three a client; whole seconds take four bytes. A question costs
+    a bisection.
 
-    Client k's windows lie at `offsets[k]` to `offsets[k + 1]`, in ascending order, not overlapping,
+    Client k's windows lie at `offsets[k]` to `offsets[k + 1]`, in ascending order, not touching,
     within its period, which begins at `starts[k]` and comes again after `periods[k]` seconds; where
     that is infinite, nothing comes again.
     """
@@ -69,12 +72,14 @@ class WindowTrace:
         period = periods[index]
         if period == math.inf:
             place = bisect.bisect_right(closes, time_s, low, high)
-            return None if place == high else (opens[place], closes[place])
+            return None if place == high else (float(opens[place]), float(closes[place]))
         start = starts[index]
         turn, within = divmod(time_s - start, period)
         place = bisect.bisect_right(closes, start + within, low, high)
         if place == high:
             turn, place = turn + 1.0, low
+        while closes[place] + turn * period <= time_s:  # rounding, at the very end of a window
+            turn, place = (turn, place + 1) if place + 1 < high else (turn + 1.0, low)
         shift, end = turn * period, start + period
         open_s, close_s = opens[place] + shift, closes[place] + shift
         if opens[low] <= start and closes[high - 1] >= end:
@@ -94,15 +99,20 @@ class WindowTrace:
     def windows(self, index: int) -> list[Window]:
         """Return a client's windows in its first period."""
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return list(zip(self.opens[part].tolist(), self.closes[part].tolist(), strict=True))
+        opens, closes = self.opens[part].astype(float), self.closes[part].astype(float)
+        return list(zip(opens.tolist(), closes.tolist(), strict=True))
 
     def share_available(self, times_s: Sequence[float]) -> list[float]:
         """Return which part of the clients is there at each of some times."""
-        count = max(self.num_clients, 1)
-        return [
-            sum(self.is_available(index, time_s) for index in range(self.num_clients)) / count
-            for time_s in times_s
-        ]
+        lengths = np.diff(self.offsets)
+        shares = []
+        for time_s in times_s:
+            # a remainder by infinity is the time itself
+            within = self.starts + np.mod(time_s - self.starts, self.periods)
+            asked = np.repeat(within, lengths)
+            is_there = (self.opens <= asked) & (asked < self.closes)
+            shares.append(float(is_there.sum()) / max(self.num_clients, 1))
+        return shares
 
     @classmethod
     def from_arrays(
@@ -114,11 +124,23 @@ class WindowTrace:
         *,
         wraps: bool = True,
     ) -> WindowTrace:
-        """Return the trace of clients that all have the same period; the arrays are not copied."""
+        """Return the trace of clients that all have the same period; the arrays are not copied.
+
+        Raises:
+            DataError: If a window is empty, out of order, or not within 0 and `span_s`.
+        """
+        place = first_wrong(opens, closes, offsets)
+        if place is None and len(opens):
+            beyond = (opens < 0) | (closes > span_s)
+            place = int(beyond.argmax()) if beyond.any() else None
+        if place is not None:
+            raise DataError(
+                f"window {place} of a trace, from {opens[place]} to {closes[place]} s, must open"
+                f" before it closes, after the client's last one ends, and within 0 to {span_s} s"
+            )
         count = len(offsets) - 1
-        period = np.broadcast_to(np.array(span_s if wraps else math.inf, np.float32), count)
-        starts = np.zeros(count, np.float32)
-        return cls(range(count), opens, closes, offsets, starts, period.copy(), span_s)
+        periods = np.full(count, span_s if wraps else math.inf)
+        return cls(range(count), opens, closes, offsets, np.zeros(count), periods, span_s)
 
     @classmethod
     def of(
@@ -134,7 +156,8 @@ class WindowTrace:
         """Return the trace of these clients.
 
         Args:
-            windows: Client to its windows; those that overlap or touch become one.
+            windows: Client to its windows; those that overlap or touch become one, and what lies
+                outside of the client's coverage is left out.
             span_s: What the trace covers, from 0.
             wraps: Whether it comes again after that.
             coverage: Client to the stretch in which something is known of it; absent: all.
@@ -145,18 +168,18 @@ class WindowTrace:
         offsets = [0]
         for name, own in windows.items():
             low, high = (coverage or {}).get(name, (0.0, span_s))
-            merged = merge(own)
+            merged = merge([(max(open_s, low), min(close_s, high)) for open_s, close_s in own])
             is_own_turn = unknown == "wrap" and wraps
             if unknown == "available":
-                merged = merge([*merged, *((0.0, low), (high, span_s))])
+                merged = merge([*merged, (0.0, low), (high, span_s if wraps else math.inf)])
             opens += [open_s for open_s, _ in merged]
             closes += [close_s for _, close_s in merged]
             offsets.append(len(opens))
             starts.append(low if is_own_turn else 0.0)
             periods.append(high - low if is_own_turn else span_s if wraps else math.inf)
-        ends, period = np.array(closes, np.float64), np.array(periods, np.float64)
-        first, place = np.array(starts, np.float64), np.array(offsets, np.int64)
-        begins = np.array(opens, np.float64)
+        first, period = np.array(starts, np.float64), np.array(periods, np.float64)
+        begins, ends = (compact(np.array(edges, np.float64)) for edges in (opens, closes))
+        place = np.array(offsets, np.int64)
         return cls(list(windows), begins, ends, place, first, period, span_s, source)
 
     @classmethod
@@ -186,3 +209,23 @@ def merge(windows: Sequence[Window]) -> list[Window]:
         else:
             merged.append((open_s, close_s))
     return merged
+
+
+def first_wrong(opens: np.ndarray, closes: np.ndarray, offsets: np.ndarray) -> int | None:
+    """Return a window that is empty or that its client's last one overlaps or touches, if any is.
+
+    Clients' windows lie one after another, as in `WindowTrace`.
+    """
+    is_wrong = opens >= closes
+    is_early = opens[1:] <= closes[:-1]
+    is_early[offsets[(offsets > 0) & (offsets < len(opens))] - 1] = False  # of another client
+    is_wrong[1:] |= is_early
+    return int(is_wrong.argmax()) if is_wrong.any() else None
+
+
+def compact(seconds: np.ndarray) -> np.ndarray:
+    """Return whole seconds in half the memory, and others as they are."""
+    if not seconds.size or not -(2**31) < seconds.min() <= seconds.max() < 2**31:
+        return seconds
+    whole = seconds.astype(np.int32)
+    return whole if (whole == seconds).all() else seconds
