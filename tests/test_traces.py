@@ -93,6 +93,25 @@ def test_what_is_unknown_is_what_one_says(
         assert trace.is_available(0, time_s) == wanted
 
 
+@pytest.mark.parametrize(
+    ("time_s", "wanted"), [(2.0, (-5.0, 3.0)), (36.0, (35.0, 43.0)), (41.0, (35.0, 43.0))]
+)
+def test_a_window_at_the_end_and_one_at_the_beginning_are_one(
+    time_s: float, wanted: tuple[float, float]
+) -> None:
+    own = [(0.0, 3.0), (10.0, 12.0), (35.0, 40.0)]
+    trace = WindowTrace.of({"a": own}, 40.0)
+    assert trace.window(0, time_s) == wanted
+    assert trace.window(0, time_s + 4000.0) == (wanted[0] + 4000.0, wanted[1] + 4000.0)
+    assert WindowTrace.of({"a": own}, 40.0, wraps=False).window(0, 36.0) == (35.0, 40.0)
+
+
+@pytest.mark.parametrize("edge", [0.5, 2.0**31, 1e300])
+def test_seconds_that_take_more_than_four_bytes_are_kept_as_they_are(edge: float) -> None:
+    trace = WindowTrace.of({"a": [(0.25, edge)]}, 2 * edge)
+    assert trace.windows(0) == [(0.25, edge)]
+
+
 def test_beyond_a_trace_that_does_not_come_again_nothing_is_known() -> None:
     unknown: Unknown
     for unknown, wanted in (("unavailable", False), ("available", True)):
@@ -270,7 +289,7 @@ def test_our_own_format_comes_back_as_it_was(tmp_path: Path, suffix: str) -> Non
     ("line", "told"),
     [
         ("{", "not a JSON object"),
-        ('{"client": "a", "kind": "windo"}', "kind 'windo' is none of"),
+        ('{"client": "a", "kind": "pause"}', "kind 'pause' is none of"),
         ('{"client": "a", "kind": "window", "t0_s": 5, "t1_s": 5}', "t0_s before t1_s"),
         ('{"client": "a", "kind": "window", "t0_s": -1, "t1_s": 5}', "0 or more"),
         ('{"client": "a", "kind": "window", "t0_s": 1, "t1_s": 11}', "beyond the header's span_s"),

@@ -68,18 +68,33 @@ def test_columns_give_what_rows_give(
             assert trace.window(index, time_s) == slow.window(index, time_s)
 
 
-def test_a_file_in_order_is_read_without_a_row_as_an_object(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wraps", [True, False])
+@pytest.mark.parametrize("unknown", ["wrap", "unavailable"])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_windows_that_are_apart_are_read_without_a_row_as_an_object(
+    tmp_path: Path, wraps: bool, unknown: Any, in_order: bool
 ) -> None:
     path = tmp_path / "trace.parquet"
-    record = generate(30, 3, seed=5)
+    record = generate(30, 3, "random", seed=5)
+    record.wraps, record.unknown = wraps, unknown
+    for name, own in list(record.windows.items())[::2]:
+        record.coverage[name] = own[0][0], own[-1][1]
     write_record(record, path)
-    slow = read_record(path)[0].trace()
-    monkeypatch.delattr(own_format, "read_record")
-    trace = WindowTrace.load(path)
+    if not in_order:
+        shuffled(path)
+    trace, slow = fast(path), read_record(path)[0].trace()
+    assert trace is not None
+    assert trace.names == slow.names
     assert trace.opens.dtype == np.int32
     for name in ("opens", "closes", "offsets", "starts", "periods"):
-        assert np.array_equal(getattr(trace, name), getattr(slow, name))
+        assert np.array_equal(getattr(trace, name), getattr(slow, name)), name
+
+
+def test_a_window_outside_of_its_client_s_coverage_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "trace.parquet"
+    write_record(Record(SPAN, windows={"a": [(0.0, 1.0)]}, coverage={"a": (0.5, 9.0)}), path)
+    with pytest.raises(ConfigError, match=r"client a: 0\.0 to 1\.0 s is not in its coverage"):
+        WindowTrace.load(path)
 
 
 @pytest.mark.parametrize(

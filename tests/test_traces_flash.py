@@ -86,7 +86,7 @@ def test_events_of_one_second_are_taken_before_a_window_opens() -> None:
     assert windows_of(told, "flash") == [(9.0, 12.0)]
 
 
-def test_the_reference_looks_after_each_event_of_a_second() -> None:
+def test_the_reference_drops_short_windows_that_meet() -> None:
     # a flicker leaves two windows of under a minute, and neither is kept
     told = [*LOCKED, (50.0, "screen_unlock"), (50.0, "screen_lock"), (100.0, "2G")]
     assert windows_of(told, "flash") == [(0.0, 100.0)]
@@ -180,6 +180,13 @@ def test_a_time_zone_that_is_not_known_is_told(tmp_path: Path, zone: str, hint: 
     path = flash_file(tmp_path, {"7": "2020-01-02 00:00:01\twifi\n"})
     with pytest.raises(DataError, match=hint):
         import_trace(path, time_zone=zone)
+
+
+def test_lines_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    lines = [f"2020-01-02 00:00:00\t{event}" for _, event in LOCKED]
+    lines = ["2020-01-02 01:00:00\tscreen_unlock", *lines]
+    record, _ = import_trace(flash_file(tmp_path, {"7": "\n".join(lines)}))
+    assert record.windows == {"7": [(0.0, 3600.0)]}
 
 
 def test_a_file_is_parsed_once_however_many_clients_there_are(

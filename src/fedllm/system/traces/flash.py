@@ -6,8 +6,8 @@ Smartphone Data", WWW 2021: for each client a text of lines, each a time, a tab 
 `flash` is FLASH's own rule: a phone is there while it is locked, charging and on Wi-Fi, which 2G to
 5G and "unknown" end, however it is written, and its trace comes again from its beginning.
 `reference` is what the published FedLLM-Factory (utils/trace_utils.py) makes of the same file: the
-screen may be off instead of locked, only "2G" and "Unknown", written so, end Wi-Fi, events of one
-second are looked at one by one, windows below a minute are dropped, and nothing comes again.
+screen may be off instead of locked, only "2G" and "Unknown", written so, end Wi-Fi, windows below a
+minute are dropped, even where they meet, and nothing comes again.
 """
 
 from __future__ import annotations
@@ -130,15 +130,13 @@ def _zone(name: str) -> tzinfo:
 def windows_of(events: list[tuple[float, str]], policy: Policy) -> list[Window]:
     """Return when a phone is there, from its events in order of time.
 
-    All events of one second are taken before it is looked at: a phone that is plugged in and
-    unplugged in the same second is not there. `reference` looks after each event.
+    What holds after all events of a second counts: a window that opens and closes in one has no
+    length and is left out, and two that meet in one are one. `reference` drops short windows before
+    any are joined.
     """
     phone, found, since = _Phone(), list[Window](), None
-    for place, (time_s, event) in enumerate(events):
+    for time_s, event in events:
         phone.take(event, policy)
-        is_last = place + 1 == len(events)
-        if policy == "flash" and not is_last and events[place + 1][0] == time_s:
-            continue
         if phone.is_ready(policy) and since is None:
             since = time_s
         elif not phone.is_ready(policy) and since is not None:
