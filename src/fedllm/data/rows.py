@@ -6,10 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Task = Literal["classification", "qa", "math", "chat", "text"]
+Task = Literal["classification", "qa", "math", "chat", "text", "preference", "rated"]
 
 Record = tuple[str, Mapping[str, Any]]
 """Where a row stands ("train.jsonl:12") and its columns as the file has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant asks for."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    """The arguments as an object, however the file wrote them (as an object or as its JSON)."""
+    id: str | None = None
+    """By which a tool message refers to the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +29,16 @@ class Message:
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What an assistant message asks for, beside or instead of its content."""
+    reasoning: str | None = None
+    """What an assistant thinks before it answers, without the marks around it."""
+    tool_call_id: str | None = None
+    """Which call a tool message answers."""
+    name: str | None = None
+    """Name of the function that a tool message comes from."""
+    is_learned: bool = True
+    """Whether an assistant message is supervised (OpenAI's `weight` of 1) or only read (0)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +57,13 @@ class Row:
     """The row's natural owner, if a column names it."""
     where: str
     """Where the row stands, for messages: "train.jsonl:12"."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the functions the assistant may call, as chat templates expect them."""
+    rejected: tuple[Message, ...] = ()
+    """For preference data: the conversation with the worse answer. It has the prompt of `messages`,
+    in which the better one stands. Empty for other rows."""
+    is_desirable: bool | None = None
+    """For rated data (KTO): whether the answer is wanted; None for other rows."""
 
     @property
     def subject(self) -> str:

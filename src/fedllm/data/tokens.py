@@ -30,6 +30,10 @@ class TokenSet:
     """Label or category of each row, if rows have one."""
     references: tuple[str, ...]
     """The last answer of each row, whole; the label's name; '' for plain text."""
+    rejected: TokenSet | None = None
+    """For preference data: the worse answers. Row i has the prompt of row i here."""
+    desirable: npt.NDArray[np.bool_] | None = None
+    """For rated data (KTO): whether the answer of each row is wanted, shape (rows,)."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)

@@ -1,0 +1,1 @@
+"""Central fine-tuning through TRL and accelerate: the upper bound of a federation."""

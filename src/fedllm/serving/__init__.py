@@ -1,0 +1,1 @@
+"""Trained models talk: in the terminal, and through an OpenAI-compatible server."""
