@@ -109,7 +109,7 @@ def _split(
         truncated = truncated | worse.truncated
     if rows.task == "rated":
         tokens = replace(tokens, desirable=np.array([row.is_desirable for row in kept], np.bool_))
-    dropped = Counter(refused=len(made.refused))
+    dropped = Counter({"refused by the chat template": len(made.refused)})
     dropped["overlong"] = len(split) - len(kept) - len(made.refused)
     check_prompts(writer, made, kept)
     return tokens, kept, dropped, int(truncated.sum())

@@ -114,7 +114,7 @@ class _Source:
             except RowFault:
                 continue  # counted when it is streamed
         found = Recognised(rows, reader.shape, reader.has_category, [])
-        return cls(config, name, records, reader.read, found)  # type: ignore[arg-type]
+        return cls(config, name, records, reader.read, found)
 
     def rows(self, generator: np.random.Generator) -> Iterator[Row]:
         """Read once, as many rows as asked, each drawn among the next thousand."""

@@ -140,6 +140,7 @@ def wanted_of(config: DataConfig, origin: Origin, partition: PartitionConfig | N
         client=by if is_owner else None,
         tags=origin.tags,
         required=origin.required,
+        text=origin.text,
     )
 
 
