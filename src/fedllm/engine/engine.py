@@ -64,6 +64,11 @@ class CohortEngine:
         self._references = References(self.resident, self._shards.examples)
         self._tested: dict[int, tuple[TokenSet, References]] = {}
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that training on each row goes over, int (rows,): of a pair, both sides."""
+        return self._shards.examples.lengths
+
     def fit(self, job: Job, start: Adapter, client: BaseClient, *, tag: str = "") -> FitRequest:
         """Ask for local training; see `federation.Engine.fit`."""
         return FitRequest(job, start, client, tag)
