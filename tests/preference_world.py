@@ -10,29 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from engine_world import World, even_partition, make_world
+from preference_worker import Sides, rows_of, side
 from torch.nn import functional as F
 
 from fedllm.config import TrainingConfig
 from fedllm.data import TokenSet
 from fedllm.engine import CohortEngine
-
-Sides = tuple[list[int], list[int]]
-
-
-def rows_of(sequences: Sequence[Sides], desirable: Sequence[bool] | None = None) -> TokenSet:
-    """Rows from (prompt, answer) token ids; the answer is supervised."""
-    lengths = [len(prompt) + len(answer) for prompt, answer in sequences]
-    flags = [np.arange(n) >= len(p) for n, (p, _) in zip(lengths, sequences, strict=True)]
-    return TokenSet(
-        tokens=np.array([t for p, a in sequences for t in [*p, *a]], np.int32),
-        supervised=np.concatenate(flags),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        prompt_lengths=np.array([len(p) for p, _ in sequences], np.int32),
-        labels=None,
-        groups=None,
-        references=("",) * len(sequences),
-        desirable=None if desirable is None else np.array(desirable),
-    )
 
 
 def random_sides(rows: int, vocabulary: int, seed: int = 0) -> list[tuple[Sides, Sides]]:
@@ -85,12 +68,6 @@ def logp(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tens
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
     each = F.log_softmax(logits.float(), dim=-1).gather(1, ids[0, 1:, None])[:, 0]
     return each[len(prompt) - 1 :].sum()
-
-
-def side(tokens: TokenSet, row: int) -> Sides:
-    """The prompt and the answer of a row."""
-    ids, cut = tokens.row(row)[0].tolist(), int(tokens.prompt_lengths[row])
-    return ids[:cut], ids[cut:]
 
 
 def plain_loss(model: Any, base: Any, tokens: TokenSet, rows: Sequence[int], beta: float) -> Any:
