@@ -302,3 +302,10 @@ def test_reference_figures_do_not_depend_on_who_asks_first(tiny_model: Folder, k
             world.engine.score([View(adapter, BaseDelta(), rows)], test)
     found = [world.engine._test_references(test).of(every) for world in worlds]
     np.testing.assert_array_equal(*found)
+
+
+def test_reports_know_which_metrics_are_better_when_they_fall() -> None:
+    from fedllm.evaluation import METRICS
+    from fedllm.results import history
+
+    assert {n for n, m in METRICS.items() if not m.is_higher_better} == set(history._FALLING)
