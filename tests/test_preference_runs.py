@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fedllm.experiment import execution, make_config, parts
 from fedllm.experiment.check import report
 from fedllm.experiment.run import resume, run
 from fedllm.results import plots
+from fedllm.system import ModelCost
 
 TASKS = ["preference", "rated"]
 RATED = ["fedalt", "fedlease", "feddpa-t", "fedex-lora", "ilora", "scaffold", "slora"]
@@ -175,3 +178,43 @@ def test_metrics_of_preferences_are_refused_elsewhere(
     )
     with pytest.raises(ConfigError, match="'reward_margin' does not fit task 'qa'"):
         parts.build(config)
+
+
+def test_passes_without_a_gradient_cost_their_operations() -> None:
+    shape = {"body_parameters": 1000, "table_parameters": 90, "layers": 2, "hidden": 8}
+    cost = ModelCost(
+        **shape, intermediate=16, vocabulary=50, rank_parameters=30, supervised=0.5, length=12.0
+    )
+    more = replace(cost, forward_passes=3)
+    forward = 2 * (1000 + 4 * 30) + 2 * 2 * 12.0 * 8 + 2 * 50 * 8 * 0.5
+    assert more.step_flops(7.0, 4) - cost.step_flops(7.0, 4) == pytest.approx(7 * 3 * forward)
+    assert more.step_bytes(4) - cost.step_bytes(4) == 3 * 1000 * 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("name", "task"), [("dpo_en_demo", "preference"), ("kto_en_demo", "rated")]
+)
+def test_real_rows_are_learned_from(tmp_path: Path, name: str, task: str) -> None:
+    tree = {
+        "output_dir": str(tmp_path),
+        "data": {"path": real(f"instruct/{name}.json"), "max_length": 256, "overlong": "truncate",
+                 "max_train_rows": 12, "max_test_rows": 6},
+        "federation": {"num_clients": 2, "rounds": 1},
+        "training": {"batch_size": 4, "local_steps": 2},
+    }  # fmt: skip
+    path = run(make_config(tree), Silent()).path
+    first, last = metrics(path)
+    assert set(last["global"]) == set(BY_TASK[task])
+    start = math.log(2) if task == "preference" else 0.5
+    assert first["global"]["preference_loss"] == pytest.approx(start, abs=1e-5)
+    assert last["global"]["preference_loss"] != pytest.approx(start, abs=1e-4)
+
+
+def real(name: str) -> str:
+    root = Path(__file__).parents[1]
+    folder = Path(os.environ.get("FEDLLM_REAL_DATA", root.parent / "shared" / "data"))
+    if not (folder / name).exists():
+        pytest.skip(f"{folder / name} is not here; set FEDLLM_REAL_DATA to the folder that has it")
+    return str(folder / name)
