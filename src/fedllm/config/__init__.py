@@ -31,7 +31,6 @@ from fedllm.config.schema import (
     FederationConfig,
     ModelConfig,
     PartitionConfig,
-    TrainingConfig,
 )
 from fedllm.config.system import (
     Always,
@@ -46,8 +45,10 @@ from fedllm.config.system import (
     SystemConfig,
     Traced,
 )
+from fedllm.config.training import KTO_NEEDS_TWO, TrainingConfig
 
 __all__ = [
+    "KTO_NEEDS_TWO",
     "AdapterConfig",
     "AlgorithmConfig",
     "Always",

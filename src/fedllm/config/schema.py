@@ -14,9 +14,7 @@ from fedllm.config.ranks import Rank, ranks_in
 from fedllm.config.schedules import Schedule, SyncSchedule
 from fedllm.config.section import Section
 from fedllm.config.system import SystemConfig
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+from fedllm.config.training import TrainingConfig
 
 
 class ModelConfig(Section):
@@ -116,49 +114,6 @@ class FederationConfig(Section):
     def cohort(self) -> int:
         """Clients sampled each round."""
         return self.cohort_size or self.num_clients
-
-
-class TrainingConfig(Section):
-    """What a client does with its data in one round."""
-
-    batch_size: PositiveInt = 8
-    """Examples in a batch."""
-    gradient_accumulation: PositiveInt = 1
-    """Batches in one optimiser step; the loss is normalised over all of them."""
-    local_epochs: PositiveInt | None = None
-    """Passes over the client's data in a round. Give this or `local_steps`; default 1 epoch."""
-    local_steps: PositiveInt | None = None
-    """Optimiser steps in a round; the data repeats when it is short."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Rebuilt each round: no moments survive on a client."""
-    learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled for AdamW, L2 for SGD."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """For SGD."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """For AdamW."""
-    epsilon: PositiveFloat = 1e-8
-    """For AdamW."""
-    max_grad_norm: NonNegative = 1.0
-    """Clip each client's gradient to this norm; 0 turns it off."""
-    round_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """How the learning rate falls over rounds."""
-    round_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
-    """Factor per round for `round_schedule: exponential`."""
-    step_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls over the local steps of one round."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Local steps over which the learning rate rises at the start of each round."""
-    tokens_per_pass: PositiveInt | Literal["auto"] = "auto"
-    """Most tokens in one forward and backward pass; results do not depend on it."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainingConfig:
-        if self.local_epochs is not None and self.local_steps is not None:
-            raise ValueError("give either local_epochs or local_steps, not both")
-        return self
 
 
 class EvaluationConfig(Section):

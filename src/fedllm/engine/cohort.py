@@ -13,9 +13,10 @@ from fedllm.adapters import is_head
 from fedllm.engine.assembly import Sources, assembled
 from fedllm.engine.buffers import Buffer, base_delta, head_tensors
 from fedllm.engine.lora import Active
+from fedllm.engine.losses import losses_of
 from fedllm.engine.optimizer import FlatOptimizer, clip_rows
-from fedllm.engine.packing import segments, split
-from fedllm.engine.resident import Resident
+from fedllm.engine.packing import Sequences, segments, split
+from fedllm.engine.references import References, answer_logps
 from fedllm.engine.shards import Shards, collect
 from fedllm.federation import BaseClient, FitRequest, FitResult, Plan, Progress
 from fedllm.seeding import derive, rng
@@ -28,19 +29,24 @@ class Cohort:
     activations of `tokens_per_pass` tokens. Results do not depend on who trains together.
 
     Args:
-        resident: The model.
+        references: The base's log-probabilities of the clients' answers, and the model.
         requests: What to train.
         shards: The clients' data.
         plan: Batches and learning rates.
     """
 
     def __init__(
-        self, resident: Resident, requests: Sequence[FitRequest], shards: Shards, plan: Plan
+        self, references: References, requests: Sequence[FitRequest], shards: Shards, plan: Plan
     ) -> None:
         # rows that still have steps to do must come first: the optimiser works on a prefix
         self.order = sorted(range(len(requests)), key=lambda i: -requests[i].job.steps)
         self.requests = [requests[i] for i in self.order]
+        resident = references.resident
         self.resident, self.shards, self.plan = resident, shards, plan
+        self.objective = losses_of(references, plan.training)
+        if references.examples.objective != "sft":
+            for request in requests:
+                references.learn(shards.rows(request.job.cid))
         adapters = [request.start for request in self.requests]
         first = self.requests[0]
         device = resident.device
@@ -132,52 +138,67 @@ class Cohort:
         for composite in self.composites:
             composite.assemble()
         heads = self._head_leaves()
-        chosen = np.concatenate(batches)
+        rows = np.concatenate(batches)
         owners = np.repeat(np.arange(count), [len(b) for b in batches])
         place = np.concatenate([np.arange(len(b)) for b in batches])
-        offsets = self.shards.tokens.offsets
-        lengths = offsets[chosen + 1] - offsets[chosen]
-        weights = self._weights(chosen, owners, count)
-        passes = split(
-            lengths, owners, self.resident.tokens_per_pass, is_padded=not self.resident.is_packed
-        )
-        for part in passes:
-            self._pass(step, chosen[part], owners[part], place[part], weights)
+        self.objective.prepare(rows, owners, self._logps)
+        weights = self._weights(rows, owners, count)
+        examples, is_padded = self.shards.examples, not self.resident.is_packed
+        sizes = examples.pass_sizes(rows, is_padded=is_padded)
+        for part in split(sizes, owners, self.resident.tokens_per_pass, is_padded=is_padded):
+            self._pass(step, rows[part], owners[part], place[part], weights)
         for name, leaf in heads.items():
             if leaf.grad is not None:
                 self.trained.layout.view(self.grads, name).add_(leaf.grad)
         for composite in self.composites:
             composite.disassemble()
-        np.add.at(self.tokens, owners, lengths)
+        np.add.at(self.tokens, owners, examples.lengths[rows])
 
-    def _weights(self, chosen: np.ndarray, owners: np.ndarray, count: int) -> Tensor:
+    def _weights(self, rows: np.ndarray, owners: np.ndarray, count: int) -> Tensor:
         """Return 1 / (entries in the loss) of each client's step, fp32 (K,)."""
-        entries = np.bincount(owners, self.shards.entries[chosen], count)
+        entries = np.bincount(owners, self.shards.entries[rows], count)
         weights = np.divide(1.0, entries, out=np.zeros(count), where=entries > 0)
         return torch.tensor(weights, dtype=torch.float32, device=self.grads.device)
 
     def _pass(
-        self, step: int, chosen: np.ndarray, owners: np.ndarray, place: np.ndarray, weights: Tensor
+        self, step: int, rows: np.ndarray, owners: np.ndarray, place: np.ndarray, weights: Tensor
     ) -> None:
         """Run one pass forward and backward."""
-        sequences = collect(self.shards.tokens, chosen, owners)
-        lengths = sequences.lengths
-        self.active.by_sequence = segments(owners, np.ones_like(lengths))
-        self.active.by_token = segments(owners, lengths) if self.resident.is_packed else ()
+        laid = self.shards.examples.lay(rows, owners)
+        sequences = collect(self.shards.examples.tokens, laid.chosen, laid.owners)
+        self._lay_out(sequences)
         if self.active.dropout:
-            self.active.sequence_lengths = lengths.tolist() if self.resident.is_packed else ()
+            lengths = sequences.lengths.tolist()
+            self.active.sequence_lengths = lengths if self.resident.is_packed else ()
+            # the worse answers of pairs are numbered from -1 down
+            numbers = np.where(laid.sides == 0, place[laid.examples], -1 - place[laid.examples])
             self.active.sequence_seeds = [
                 derive(self.requests[o].job.seed, "dropout", self.requests[o].tag, step, int(p))
-                for o, p in zip(owners, place, strict=True)
+                for o, p in zip(laid.owners, numbers, strict=True)
             ]
         with self.resident.using(self.active):
             out = self.resident.forward.run(sequences)
             if not len(out.losses):
                 return
-            rows = torch.from_numpy(owners).to(self.grads.device)[out.owners]
-            share = out.losses * weights[rows]
-            self.losses[step].index_add_(0, rows, share.detach())
+            losses, clients = self.objective.of(out, laid, rows, owners)
+            share = losses * weights[clients]
+            self.losses[step].index_add_(0, clients, share.detach())
             share.sum().backward()  # type: ignore[no-untyped-call]
+
+    def _lay_out(self, sequences: Sequences) -> None:
+        """Tell the layers whose rows a pass holds."""
+        owners, lengths = sequences.rows, sequences.lengths
+        self.active.by_sequence = segments(owners, np.ones_like(lengths))
+        self.active.by_token = segments(owners, lengths) if self.resident.is_packed else ()
+
+    def _logps(self, sequences: Sequences, part: np.ndarray) -> Tensor:
+        """Return each answer's log-probability under its client's model, without dropout."""
+        self._lay_out(sequences)
+        dropout, self.active.dropout = self.active.dropout, 0.0
+        with torch.no_grad(), self.resident.using(self.active):
+            out = self.resident.forward.run(sequences)
+        self.active.dropout = dropout
+        return answer_logps(out, len(sequences.lengths))
 
     def _head_leaves(self) -> dict[str, Tensor]:
         """Make this step's heads: trained ones are leaves over the buffer's own memory."""

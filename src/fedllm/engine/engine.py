@@ -10,15 +10,30 @@ import numpy as np
 import torch
 
 from fedllm.adapters import Adapter, BaseDelta
+from fedllm.config import TrainingConfig
 from fedllm.engine.assembly import Sources, assembled
 from fedllm.engine.buffers import Buffer, base_delta, head_tensors
 from fedllm.engine.cohort import Cohort
+from fedllm.engine.examples import Examples
 from fedllm.engine.generate import Asked, generate
 from fedllm.engine.lora import Active
-from fedllm.engine.packing import segments, split
+from fedllm.engine.packing import split
+from fedllm.engine.references import References
 from fedllm.engine.resident import Resident
+from fedllm.engine.scoring import lay_out, score
 from fedllm.engine.shards import Shards, collect
-from fedllm.federation import BaseClient, FitRequest, FitResult, Job, Plan, Progress, Scores, View
+from fedllm.federation import (
+    BaseClient,
+    FitRequest,
+    FitResult,
+    Job,
+    Plan,
+    Progress,
+    Scores,
+    View,
+    objective_of,
+    task_of,
+)
 from fedllm.seeding import rng
 
 if TYPE_CHECKING:
@@ -44,7 +59,15 @@ class CohortEngine:
     plan: Plan
 
     def __post_init__(self) -> None:
-        self._shards = Shards.of(self.tokens, self.partition, self.resident.kind)
+        objective = objective_of(self.plan.training, task_of(self.tokens))
+        self._shards = Shards.of(self.tokens, self.partition, self.resident.kind, objective)
+        self._references = References(self.resident, self._shards.examples)
+        self._tested: dict[int, tuple[TokenSet, References]] = {}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that training on each row goes over, int (rows,): of a pair, both sides."""
+        return self._shards.examples.lengths
 
     def fit(self, job: Job, start: Adapter, client: BaseClient, *, tag: str = "") -> FitRequest:
         """Ask for local training; see `federation.Engine.fit`."""
@@ -66,19 +89,25 @@ class CohortEngine:
             if chosen[0].job.steps == 0 and not chosen[0].is_gradient:
                 results.update({i: _untrained(requests[i]) for i in members})
                 continue
-            cohort = Cohort(self.resident, chosen, self._shards, self.plan)
+            cohort = Cohort(self._references, chosen, self._shards, self.plan)
             found = cohort.gradients() if chosen[0].is_gradient else cohort.train(progress)
             results.update(zip(members, found, strict=True))
         return [results[i] for i in range(len(requests))]
 
     def score(self, views: Sequence[View], tokens: TokenSet) -> Scores:
-        """Return the loss and correctness of each asked-for row under its view, in one sweep."""
-        scores = Scores.empty(len(tokens))
-        padded, limit = not self.resident.is_packed, self.resident.tokens_per_pass * 2
-        for asked in self._activated(views):
-            for part in split(tokens.lengths[asked.rows], asked.owners, limit, is_padded=padded):
-                self._score_pass(asked.at(part), tokens, scores)
-        return scores
+        """Return the loss and correctness of each asked-for row under its view, in one sweep.
+
+        Rows with a preference or a rating are compared with the original base as well.
+        """
+        return score(self._activated(views), self._test_references(tokens), self.plan.training)
+
+    def _test_references(self, tokens: TokenSet) -> References:
+        """Return what is known of test rows under the base, whatever is learned in training."""
+        if id(tokens) not in self._tested:
+            examples = Examples.of(tokens, objective_of(TrainingConfig(), task_of(tokens)))
+            # the rows are held too, so that no other set can get their id
+            self._tested[id(tokens)] = tokens, References(self.resident, examples)
+        return self._tested[id(tokens)][1]
 
     def similarity(
         self,
@@ -112,7 +141,7 @@ class CohortEngine:
             for part in split(lengths, asked.owners, limit, is_padded=padded):
                 here = asked.at(part)
                 sequences = collect(tokens, here.rows, here.owners, is_prompt=True)
-                self._lay_out(here, sequences.lengths)
+                lay_out(self.resident, here, sequences.lengths)
                 with torch.no_grad(), self.resident.using(here.active):
                     hidden = self.resident.forward.last_hidden(sequences).float()
                 unit = torch.nn.functional.normalize(hidden, dim=1).cpu().numpy()
@@ -174,27 +203,6 @@ class CohortEngine:
             heads=head_tensors(self.resident.heads, [(buffer, buffer.data)]),
         )
 
-    def _lay_out(self, asked: Asked, lengths: np.ndarray) -> None:
-        """Tell the layers whose rows a pass holds."""
-        active, packed = asked.active, self.resident.is_packed
-        active.by_sequence = segments(asked.owners, np.ones_like(asked.rows))
-        active.by_token = segments(asked.owners, lengths) if packed else ()
-        active.sequence_lengths = lengths.tolist() if packed else ()
-        asked.weigh(self.resident.device)
-
-    def _score_pass(self, asked: Asked, tokens: TokenSet, scores: Scores) -> None:
-        sequences = collect(tokens, asked.rows, asked.owners)
-        self._lay_out(asked, sequences.lengths)
-        with torch.no_grad(), self.resident.using(asked.active):
-            out = self.resident.forward.run(sequences)
-        place = asked.rows[out.owners.cpu().numpy()]
-        np.add.at(scores.loss_sum, place, out.losses.double().cpu().numpy())
-        np.add.at(scores.count, place, 1)
-        assert out.correct is not None
-        np.add.at(scores.correct, place, out.correct.cpu().numpy())
-        if out.choices is not None:
-            scores.choice[place] = out.choices.cpu().numpy()
-
     def _cohorts(self, requests: Sequence[FitRequest]) -> list[list[int]]:
         """Divide requests into cohorts that may share passes and fit into memory."""
         alike: dict[object, list[int]] = {}
@@ -218,7 +226,7 @@ class CohortEngine:
     def _clients_at_once(self, requests: Sequence[FitRequest]) -> int:
         """Return how many clients fill a pass, within the memory limit."""
         rows = np.concatenate([self._shards.rows(r.job.cid) for r in requests])
-        mean_tokens = float(self.tokens.lengths[rows].mean()) if len(rows) else 1.0
+        mean_tokens = float(self._shards.examples.lengths[rows].mean()) if len(rows) else 1.0
         per_step = mean_tokens * self.plan.rows_per_step
         trained = max(sum(t.numel() for t in r.start.tensors.values()) for r in requests)
         return clients_at_once(self.resident.tokens_per_pass, per_step, trained)

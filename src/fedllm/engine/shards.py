@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedllm.engine.examples import Examples
 from fedllm.engine.packing import Sequences
+from fedllm.federation import Objective
 
 if TYPE_CHECKING:
     from fedllm.data import Partition, TokenSet
@@ -17,15 +19,18 @@ if TYPE_CHECKING:
 class Shards:
     """The training rows of every client; a client costs two integers, a row one."""
 
-    tokens: TokenSet
+    examples: Examples
     partition: Partition
     entries: np.ndarray
     """int (rows,): terms that each row adds to the loss."""
 
     @classmethod
-    def of(cls, tokens: TokenSet, partition: Partition, kind: str) -> Shards:
-        """Count the loss terms of each row: supervised tokens, or one class."""
-        return cls(tokens, partition, loss_entries(tokens, kind))
+    def of(cls, tokens: TokenSet, partition: Partition, kind: str, objective: Objective) -> Shards:
+        """Count the loss terms of each row: supervised tokens, or one class, pair or rating."""
+        examples = Examples.of(tokens, objective)
+        is_by_token = objective == "sft"
+        entries = loss_entries(tokens, kind) if is_by_token else np.ones(len(tokens), np.int64)
+        return cls(examples, partition, entries)
 
     def rows(self, cid: int) -> np.ndarray:
         """Return the training rows of a client."""

@@ -100,6 +100,8 @@ class Evaluator:
     def _fits(self, need: Need) -> bool:
         if need == "classes":
             return self.task == "classification"
+        if need in ("preferences", "pairs"):
+            return self.task == "preference" or (self.task == "rated" and need == "preferences")
         return need == "tokens" or self.kind == "causal-lm"
 
     @property

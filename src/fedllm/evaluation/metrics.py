@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from fedllm.federation import Scores
+from fedllm.federation import AnswerScores, Scores
 
-Need = Literal["tokens", "classes", "answers"]
+Need = Literal["tokens", "classes", "answers", "preferences", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Metric:
 
     summary: str
     needs: Need
-    """What must have been computed: teacher-forced tokens, chosen classes, generated answers."""
+    """What must have been computed: teacher-forced tokens, chosen classes, generated answers, what
+    the model prefers of answers that are judged, or of pairs alone."""
     compute: Callable[[Evidence, np.ndarray], float]
     is_higher_better: bool = True
 
@@ -107,6 +108,16 @@ def _macro_f1(evidence: Evidence, rows: np.ndarray) -> float:
     return float(f1_score(right, chosen, labels=np.unique(right), average="macro", zero_division=0))
 
 
+def _preference(
+    of: Callable[[AnswerScores], np.ndarray],
+) -> Callable[[Evidence, np.ndarray], float]:
+    def compute(evidence: Evidence, rows: np.ndarray) -> float:
+        assert evidence.scores.preferences is not None
+        return float(np.mean(of(evidence.scores.preferences)[rows])) if len(rows) else math.nan
+
+    return compute
+
+
 def _classes(evidence: Evidence, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     assert evidence.classes is not None
     assert evidence.chosen is not None
@@ -133,6 +144,35 @@ METRICS: Mapping[str, Metric] = {
     "rouge_l": Metric(
         "longest common subsequence, F-measure", "answers", _mean(lambda e: e.rouge_l)
     ),
+    "reward_accuracy": Metric(
+        "pairs whose better answer gained more on the base than the worse one; rated answers that"
+        " gained as wanted, or lost as unwanted",
+        "preferences",
+        _preference(lambda p: p.margins > 0),
+    ),
+    "reward_margin": Metric(
+        "mean implicit reward, beta log(model / base), of better over worse answers; of rated ones"
+        " their own, unwanted ones negative",
+        "preferences",
+        _preference(lambda p: p.margins),
+    ),
+    "preference_loss": Metric(
+        "mean DPO loss of pairs, or KTO loss of rated answers",
+        "preferences",
+        _preference(lambda p: p.losses),
+        False,
+    ),
+    "chosen_logps": Metric(
+        "mean log-probability of better answers, nats",
+        "pairs",
+        _preference(lambda p: p.logps[:, 0]),
+    ),
+    "rejected_logps": Metric(
+        "mean log-probability of worse answers, nats",
+        "pairs",
+        _preference(lambda p: p.logps[:, 1]),
+        False,
+    ),
 }
 
 BY_TASK: Mapping[str, tuple[str, ...]] = {
@@ -141,6 +181,15 @@ BY_TASK: Mapping[str, tuple[str, ...]] = {
     "qa": ("exact_match", "token_f1", "rouge_l", "loss", "token_accuracy"),
     "chat": ("token_accuracy", "loss", "perplexity"),
     "text": ("token_accuracy", "loss", "perplexity"),
+    "preference": (
+        "reward_accuracy",
+        "reward_margin",
+        "preference_loss",
+        "chosen_logps",
+        "rejected_logps",
+        "loss",
+    ),
+    "rated": ("reward_accuracy", "reward_margin", "preference_loss", "loss"),
 }
 """What `evaluation.metrics: auto` takes; the first is the main metric."""
 

@@ -18,6 +18,7 @@ from fedllm.config import (
 from fedllm.errors import ConfigError, unknown
 from fedllm.evaluation import METRICS
 from fedllm.experiment import exchange, schedules
+from fedllm.federation import objective_of
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -54,9 +55,21 @@ def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
         problems += exchange.misspelt(tree)
     else:
         problems += [*exchange.problems(config), *schedules.problems(config)]
+        problems += _objective_problems(config)
     if problems or config is None:
         raise ConfigError(problems, source)
     return config
+
+
+def _objective_problems(config: Config) -> list[str]:
+    """Compare the objective with the task, where that is told and not recognised later."""
+    if config.data.task == "auto":
+        return []
+    try:
+        objective_of(config.training, config.data.task)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _algorithm_problems(tree: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from fedllm.config import Config
 from fedllm.data import Dataset, Partition
 from fedllm.evaluation import BY_TASK, METRICS
 from fedllm.experiment.parts import plan_of
+from fedllm.federation import forward_passes, objective_of, trained_lengths, trained_share
 
 if TYPE_CHECKING:
     from fedllm.models import Kind
@@ -130,13 +131,14 @@ def memory(config: Config, shapes: Shapes, dataset: Dataset, base_bytes: int) ->
     item = resolve_dtype(config.model.dtype, device).itemsize
     asked = config.training.tokens_per_pass
     limit = TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS["cuda"]) if asked == "auto" else asked
-    lengths = dataset.train.lengths
+    objective = objective_of(config.training, dataset.task)
+    lengths = trained_lengths(dataset.train, objective)
     step_tokens = float(lengths.mean()) * plan_of(config).rows_per_step
     trained = sum(sum(shape) for shape in shapes.modules.values()) * config.adapter.max_rank
     trained += shapes.head_parameters
     together = min(clients_at_once(limit, step_tokens, trained), config.federation.cohort)
     tokens = int(min(max(limit, lengths.max()), together * step_tokens))
-    supervised = tokens * float(dataset.train.supervised.mean())
+    supervised = tokens * trained_share(dataset.train, objective)
     per_token = shapes.layers * (10 * shapes.hidden + 4 * shapes.intermediate) * item
     return Memory(
         base_bytes=base_bytes,
@@ -154,26 +156,29 @@ def duration(
 
     A frozen weight costs 2 operations a token forward and 2 backward (no gradient of its own), the
     output matrix only where a token is supervised; a scored token costs half, and an answer's
-    tokens are generated at a tenth of the speed. Attention and the adapters are left out.
+    tokens are generated at a tenth of the speed. Attention and the adapters are left out, and what
+    the base says of preferences too, which is computed once.
     """
     rate = _matmul_rate(config, shapes, tokens_in_a_pass)
     plan, federation = plan_of(config), config.federation
     steps = np.array([plan.steps(int(size)) for size in partition.train_sizes])
     rows = float(steps.mean()) * min(plan.rows_per_step, float(partition.train_sizes.mean()))
-    per_round = rows * federation.cohort * float(dataset.train.lengths.mean())
+    objective = objective_of(config.training, dataset.task)
+    example_tokens = float(trained_lengths(dataset.train, objective).mean())
+    per_round = rows * federation.cohort * example_tokens
     output = shapes.vocabulary * shapes.hidden
-    share = float(dataset.train.supervised.mean())
-    per_token = 4.0 * (shapes.body_parameters + output * share)
-    test = len(dataset.test.tokens)
+    share = trained_share(dataset.train, objective)
+    per_token = (4.0 + 2.0 * max(forward_passes(objective) - 1, 0)) * (
+        shapes.body_parameters + output * share
+    )
+    test = int(trained_lengths(dataset.test, objective).sum())
     scored = 2.0 * test * (shapes.body_parameters + output * share)
     evaluate = scored / (rate * _SHARE_OF_MATMUL)
     if _generates(config, dataset):
-        written = int(dataset.test.supervised.sum())
         prompts = 2.0 * test * shapes.body_parameters / (rate * _SHARE_OF_MATMUL)
-        words = 2.0 * written * (shapes.body_parameters + output)
+        words = 2.0 * int(dataset.test.supervised.sum()) * (shapes.body_parameters + output)
         evaluate += prompts + words / (rate * _SHARE_OF_GENERATION)
-    every = config.evaluation.every
-    evaluations = 1 + (federation.rounds // every if every else 0)
+    evaluations = 1 + (federation.rounds // every if (every := config.evaluation.every) else 0)
     round_s = per_token * per_round / (rate * _SHARE_OF_MATMUL)
     return Duration(
         round_s=round_s,

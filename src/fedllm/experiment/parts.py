@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from fedllm import algorithms
 from fedllm.config import Config
@@ -19,14 +16,12 @@ from fedllm.evaluation import Evaluator, Scope
 from fedllm.experiment.exchange import reception_of, transport_of
 from fedllm.experiment.execution import executor_of
 from fedllm.experiment.schedules import schedule_of
-from fedllm.experiment.world import left_bytes, or_ideal, too_small, without, world_of
-from fedllm.federation import BaseClient, BaseServer, Plan, Scorer
+from fedllm.experiment.world import left_bytes, or_ideal, population_of, too_small, world_of
+from fedllm.federation import BaseClient, BaseServer, Plan, Scorer, objective_of
 from fedllm.seeding import derive
-from fedllm.simulation import Population
 from fedllm.system import RankRule, SimulatedWorld, rank_rule
 
 if TYPE_CHECKING:
-    from fedllm.data import TokenSet
     from fedllm.engine import CohortEngine
     from fedllm.models import Kind, LoadedModel
     from fedllm.simulation import Loop
@@ -112,7 +107,12 @@ def scaling_of(config: Config) -> float:
 
 
 def load_data(config: Config, tokenizer: object) -> tuple[Dataset, Partition]:
-    """Tokenise the data set once and divide it among clients."""
+    """Tokenise the data set once and divide it among clients.
+
+    Raises:
+        DataError: If the data is wrong.
+        ConfigError: If it does not fit the objective.
+    """
     from fedllm.models import resolve_kind
 
     dataset = load_dataset(
@@ -123,6 +123,7 @@ def load_data(config: Config, tokenizer: object) -> tuple[Dataset, Partition]:
         template=config.model.chat_template,
         partition=config.federation.partition,
     )
+    objective_of(config.training, dataset.task)  # refuses what the data does not allow for
     federation = config.federation
     shards = partition(federation.partition, dataset, federation.num_clients, config.seed)
     return dataset, shards
@@ -248,7 +249,7 @@ def _loop(
         world=or_ideal(world),
         executor=executor_of(config, engine, client),
         plan=plan_of(config),
-        population=population_of(engine.tokens, shards, excluded),
+        population=population_of(engine.lengths, shards, excluded),
         seed=config.seed,
         schedule=schedule_of(federation),
         reception=reception_of(config),
@@ -258,14 +259,6 @@ def _loop(
         lost=config.execution.lost,
         time_limit_s=math.inf if federation.time_limit_s is None else federation.time_limit_s,
     )
-
-
-def population_of(tokens: TokenSet, shards: Partition, excluded: frozenset[int]) -> Population:
-    """Return how much each client has to learn from; those left out have nothing."""
-    ends = np.concatenate([[0], np.cumsum(tokens.lengths[shards.train_rows])])
-    owned = np.diff(ends[shards.train_offsets])
-    sizes = without(shards.train_sizes, excluded)
-    return Population(*(array("q", own.astype(np.int64).tobytes()) for own in (sizes, owned)))
 
 
 def _evaluator(
@@ -290,7 +283,9 @@ def check_length(limit: int | None, source: str, dataset: Dataset) -> None:
     Raises:
         DataError: If there is such a row.
     """
-    longest = max(int(split.lengths.max()) for split in (dataset.train, dataset.test))
+    splits = (dataset.train, dataset.test)
+    sides = [side for split in splits for side in (split, split.rejected) if side is not None]
+    longest = max(int(side.lengths.max()) for side in sides)
     if limit is not None and longest > limit:
         raise DataError(
             f"the longest row has {longest} tokens, but {source} knows {limit} positions."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedllm.config import Config, ranks_in
-from fedllm.data import Dataset
+from fedllm.data import Dataset, Partition
 from fedllm.errors import ConfigError
-from fedllm.federation import Plan
+from fedllm.federation import (
+    Plan,
+    forward_passes,
+    objective_of,
+    trained_lengths,
+    trained_share,
+)
+from fedllm.simulation import Population
 from fedllm.system import Ideal, ModelCost, RankRule, SimulatedWorld, Work, World
 
 if TYPE_CHECKING:
@@ -24,7 +32,8 @@ _LOOKED_AT = 1000
 
 def cost_of(config: Config, shapes: Shapes, dataset: Dataset) -> ModelCost:
     """Return what training the model on this data costs a device."""
-    lengths = dataset.train.lengths
+    train = dataset.train
+    objective = objective_of(config.training, dataset.task)
     devices = config.system.devices
     return ModelCost(
         body_parameters=shapes.body_parameters,
@@ -35,9 +44,10 @@ def cost_of(config: Config, shapes: Shapes, dataset: Dataset) -> ModelCost:
         vocabulary=shapes.vocabulary,
         rank_parameters=sum(sum(shape) for shape in shapes.modules.values()),
         head_parameters=0 if config.adapter.head == "frozen" else shapes.head_parameters,
-        supervised=float(dataset.train.supervised.mean()),
-        length=float(lengths.mean()),
-        batch_tokens=float(lengths.mean()) * config.training.batch_size,
+        supervised=trained_share(train, objective),
+        length=float(train.lengths.mean()),
+        batch_tokens=float(trained_lengths(train, objective).mean()) * config.training.batch_size,
+        forward_passes=forward_passes(objective),
         precision=devices.precision,
         checkpointing=devices.checkpointing,
     )
@@ -102,6 +112,14 @@ def _told(config: Config, world: SimulatedWorld, lacking: Mapping[str, int]) -> 
     )
 
 
+def population_of(lengths: np.ndarray, shards: Partition, excluded: frozenset[int]) -> Population:
+    """Return how much each client has to learn from; those left out have nothing."""
+    ends = np.concatenate([[0], np.cumsum(lengths[shards.train_rows])])
+    owned = np.diff(ends[shards.train_offsets])
+    sizes = without(shards.train_sizes, excluded)
+    return Population(*(array("q", own.astype(np.int64).tobytes()) for own in (sizes, owned)))
+
+
 @dataclass(frozen=True)
 class WorldSummary:
     """What a world is like for a run's clients, from a sample of them."""
@@ -142,7 +160,8 @@ def summary(
     for cid in cids:
         steps = plan.steps(int(sizes[cid]))
         rows = min(plan.rows_per_step, int(sizes[cid]))
-        work = Work(steps, 1.0, world.cost.length * rows, ranks.of(cid))
+        row_tokens = world.cost.batch_tokens / config.training.batch_size
+        work = Work(steps, 1.0, row_tokens * rows, ranks.of(cid))
         train_s.append(world.fit_s(cid, work))
         half = int(nbytes / 2)
         transfer_s.append(world.download_s(cid, half, 0.0, 1) + world.upload_s(cid, half, 0.0, 1))

@@ -21,12 +21,20 @@ from fedllm.federation.local_path import (
 )
 from fedllm.federation.messages import ClientId, FitResult, Job, Mix, Part, Payload, Update
 from fedllm.federation.moments import MomentServer, StepServer
+from fedllm.federation.objective import (
+    Objective,
+    forward_passes,
+    objective_of,
+    task_of,
+    trained_lengths,
+    trained_share,
+)
 from fedllm.federation.own_copy import OwnCopyClient, OwnCopyServer
 from fedllm.federation.plan import Plan
 from fedllm.federation.protocols import Engine, Executor, FitRequest, Progress, StateStore
 from fedllm.federation.pruned_ranks import PrunedRankClient, PrunedRankServer
 from fedllm.federation.rest_path import RestPathClient, RestPathServer
-from fedllm.federation.scoring import Scorer, Scores, View
+from fedllm.federation.scoring import AnswerScores, Scorer, Scores, View
 from fedllm.federation.stages import PERSONAL, RestingServer, StagedServer
 from fedllm.federation.state import Codec, MemoryStore, restore_server, server_state
 from fedllm.federation.tiers import CLUSTER, LEAF, ROOT, TieredClient, TieredServer
@@ -38,6 +46,7 @@ __all__ = [
     "NOBODY",
     "PERSONAL",
     "ROOT",
+    "AnswerScores",
     "BaseClient",
     "BaseServer",
     "ClientId",
@@ -62,6 +71,7 @@ __all__ = [
     "MixedPathServer",
     "MixedRank",
     "MomentServer",
+    "Objective",
     "OwnCopyClient",
     "OwnCopyServer",
     "Part",
@@ -84,9 +94,14 @@ __all__ = [
     "Update",
     "View",
     "controls",
+    "forward_passes",
     "is_own_pass",
+    "objective_of",
     "restore_server",
     "server_state",
+    "task_of",
+    "trained_lengths",
+    "trained_share",
     "visible",
     "weighted",
 ]

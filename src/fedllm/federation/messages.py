@@ -130,7 +130,7 @@ class Update:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What travels beside the model, under the names of the tensors it belongs to."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """`loss` (mean per supervised token over all steps), `tokens`, ..."""
+    """`loss` (mean per supervised token, pair or rated row over all steps), `tokens`, ..."""
 
     @property
     def nbytes(self) -> int:

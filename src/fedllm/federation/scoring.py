@@ -27,6 +27,25 @@ class View:
 
 
 @dataclass(frozen=True)
+class AnswerScores:
+    """How a model judges the answers of preference and rated data; zero where not asked for."""
+
+    logps: np.ndarray
+    """float64 (rows, sides): log-probability of each answer: of a pair, the better one first."""
+    margins: np.ndarray
+    """float64 (rows,): implicit reward of the better answer over the worse one; of a rated row its
+    own reward, negative for an unwanted answer. The reward is beta times how much likelier the
+    model makes an answer than the base does."""
+    losses: np.ndarray
+    """float64 (rows,): what training minimises."""
+
+    @classmethod
+    def empty(cls, rows: int, sides: int) -> AnswerScores:
+        """Return scores of no rows yet."""
+        return cls(np.zeros((rows, sides)), np.zeros(rows), np.zeros(rows))
+
+
+@dataclass(frozen=True)
 class Scores:
     """Teacher-forced results of each row of a test set; zero where a row was not asked for."""
 
@@ -38,11 +57,14 @@ class Scores:
     """int (rows,): how many of them were the most likely choice."""
     choice: np.ndarray
     """int (rows,): the class chosen (classification)."""
+    preferences: AnswerScores | None = None
+    """For preference and rated data."""
 
     @classmethod
     def empty(cls, rows: int) -> Scores:
         """Return scores of no rows yet."""
-        return cls(np.zeros(rows), *(np.zeros(rows, dtype=np.int64) for _ in range(3)))
+        counts, correct, choice = (np.zeros(rows, dtype=np.int64) for _ in range(3))
+        return cls(np.zeros(rows), counts, correct, choice)
 
 
 class Scorer(Protocol):

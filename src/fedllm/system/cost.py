@@ -43,6 +43,9 @@ class ModelCost:
     """Mean tokens of a sequence."""
     batch_tokens: float = 1.0
     """Tokens that lie in memory at once: of one batch, padding not counted."""
+    forward_passes: int = 0
+    """Over the same tokens without a gradient, beside each pass with one: DPO and KTO ask the base,
+    and KTO scores mismatched answers."""
     precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
     checkpointing: bool = False
 
@@ -52,18 +55,25 @@ class ModelCost:
         A frozen weight takes 2 a token forward and 2 backward, none for its own gradient; an
         adapter 2 and 4; the output matrix counts where a token is supervised. Attention takes
         2 x length x hidden a token and layer forward (a causal mask halves it), twice that
-        backward. Checkpointing does the forward pass of the body once more.
+        backward. Checkpointing does the forward pass of the body once more. Passes without a
+        gradient are forward ones; that some go without the adapter is left out.
         """
         again = 1 if self.checkpointing else 0
         body = (4 + 2 * again) * self.body_parameters
         adapter = 6 * self.trained(rank)
         attention = (3 + again) * 2 * self.layers * self.length * self.hidden
         output = 4 * self.vocabulary * self.hidden * self.supervised
-        return tokens * (body + adapter + attention + output)
+        trained = body + adapter + attention + output
+        forward = (
+            2 * (self.body_parameters + self.trained(rank))
+            + 2 * self.layers * self.length * self.hidden
+            + output / 2
+        )
+        return tokens * (trained + self.forward_passes * forward)
 
     def step_bytes(self, rank: int) -> float:
         """Return the bytes that one step moves at least: weights once a pass, and the optimiser."""
-        passes = 3 if self.checkpointing else 2
+        passes = (3 if self.checkpointing else 2) + self.forward_passes
         weights = self.body_parameters * WEIGHT_BYTES[self.precision]
         return passes * weights + _STEP_BYTES * self.trained(rank)
 
