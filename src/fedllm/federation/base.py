@@ -130,7 +130,7 @@ class BaseServer:
     ) -> Sequence[ClientId]:
         """Choose a cohort: uniformly, without replacement."""
         chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False)
-        return [pool[int(i)] for i in chosen]
+        return [pool[i] for i in chosen.tolist()]
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Say what each client of the cohort does: one job from its download."""

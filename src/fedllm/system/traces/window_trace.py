@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,11 +71,15 @@ class WindowTrace:
             return None
         period = periods[index]
         if period == math.inf:
-            place = bisect.bisect_right(closes, time_s, low, high)
+            place = bisect_right(closes, time_s, low, high)
             return None if place == high else (float(opens[place]), float(closes[place]))
         start = starts[index]
-        turn, within = divmod(time_s - start, period)
-        place = bisect.bisect_right(closes, start + within, low, high)
+        turn = (time_s - start) // period
+        place = bisect_right(closes, start + (time_s - start) % period, low, high)
+        if low < place < high - 1:  # neither the first nor the last: the most, and no seam is near
+            close_s = closes[place] + turn * period
+            if close_s > time_s:
+                return opens[place] + turn * period, close_s
         if place == high:
             turn, place = turn + 1.0, low
         while closes[place] + turn * period <= time_s:  # rounding, at the very end of a window
