@@ -32,6 +32,10 @@ class EventKind(IntEnum):
     """The server waits no longer."""
 
 
+WINDOW_OPEN, TRAINING_DONE, UPLOAD_DONE, DROPOUT, WINDOW_CLOSE, DEADLINE = EventKind
+"""The kinds as plain names, for the loop: to read a member of an enum costs as much as a call."""
+
+
 class ClientState(Enum):
     """What a client is doing."""
 

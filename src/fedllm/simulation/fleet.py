@@ -11,7 +11,16 @@ from typing import Literal
 from fedllm.federation import BaseClient, BaseServer, ClientId, Job, MemoryStore, Plan
 from fedllm.federation.transport import Transport
 from fedllm.seeding import Numbered
-from fedllm.simulation.events import ClientState, EventKind, EventQueue
+from fedllm.simulation.events import (
+    DROPOUT,
+    TRAINING_DONE,
+    UPLOAD_DONE,
+    WINDOW_CLOSE,
+    WINDOW_OPEN,
+    ClientState,
+    EventKind,
+    EventQueue,
+)
 from fedllm.simulation.flights import Awaited, Flight, fitting_job
 from fedllm.simulation.population import Population
 from fedllm.simulation.record import Diary
@@ -19,9 +28,6 @@ from fedllm.simulation.selection import Chosen
 from fedllm.system import World
 
 AtWindowClose = Literal["discard", "partial", "pause"]
-# looked up once: reading a member of an enum costs as much as a call
-_OPEN, _TRAINED, _SENT = EventKind.WINDOW_OPEN, EventKind.TRAINING_DONE, EventKind.UPLOAD_DONE
-_LEAVES, _CLOSE = EventKind.DROPOUT, EventKind.WINDOW_CLOSE
 _NAMES = {kind: kind.name for kind in EventKind}
 _TRAINING = ClientState.TRAINING
 _IDLE, _AVAILABLE, _UPLOADING = (
@@ -81,7 +87,7 @@ class Fleet:
         for cid, open_s, close_s in chosen:
             self.dispatched += 1
             self.awaited[cid] = Awaited(self.dispatched, group, close_s)
-            push(open_s if open_s > now else now, _OPEN, cid, self.dispatched)
+            push(open_s if open_s > now else now, WINDOW_OPEN, cid, self.dispatched)
 
     def take_off(self, cid: ClientId, latest_s: float) -> Flight:
         """Give a client that has come its job.
@@ -101,7 +107,7 @@ class Fleet:
         is_cut = self.at_window_close != "pause" and flight.expected_s > flight.close_s
         is_late = flight.expected_s > latest_s
         flight.is_doomed = is_cut or is_late or busy_s > flight.leaves_after_s
-        self._push_next(flight, _TRAINED)
+        self._push_next(flight, TRAINING_DONE)
         return flight
 
     def resume(self, flight: Flight) -> None:
@@ -110,7 +116,7 @@ class Fleet:
         window = self.world.window(cid, now)
         flight.resume(now, math.inf if window is None else window[1])
         self._write_open(cid, flight.number, flight.phase.value, flight.close_s)
-        self._push_next(flight, _TRAINED if flight.phase is _TRAINING else _SENT)
+        self._push_next(flight, TRAINING_DONE if flight.phase is _TRAINING else UPLOAD_DONE)
 
     def _prepare(self, cid: ClientId, awaited: Awaited) -> Flight:
         """Make the job, and work out how long it takes."""
@@ -152,8 +158,8 @@ class Fleet:
         upload_s = self._transfer(self.world.upload_s, cid, flight.up_bytes)
         flight.begin_upload(now, upload_s)
         self.diary.note(now, "TRAINING_DONE", self.server.version, cid, flight.number, _UPLOADING)
-        kind = self._push_next(flight, _SENT)
-        if kind is not _SENT and (kind is _LEAVES or self.at_window_close != "pause"):
+        kind = self._push_next(flight, UPLOAD_DONE)
+        if kind is not UPLOAD_DONE and (kind is DROPOUT or self.at_window_close != "pause"):
             flight.is_doomed = True
 
     def land(self, flight: Flight) -> None:
@@ -164,7 +170,7 @@ class Fleet:
 
     def pauses(self, kind: EventKind, flight: Flight) -> bool:
         """Pause a client whose window closes, if it is to go on in its next one; tell so."""
-        if kind is not _CLOSE or self.at_window_close != "pause":
+        if kind is not WINDOW_CLOSE or self.at_window_close != "pause":
             return False
         now, cid = self.queue.now_s, flight.job.cid
         window = self.world.window(cid, now)
@@ -172,7 +178,7 @@ class Fleet:
             return False
         flight.pause(now)
         self.diary.note(now, "WINDOW_CLOSE", self.server.version, cid, flight.number, _IDLE)
-        self.queue.push(max(window[0], now), _OPEN, cid, flight.number)
+        self.queue.push(max(window[0], now), WINDOW_OPEN, cid, flight.number)
         return True
 
     def lose(self, flight: Flight, outcome: str, kind: EventKind | None = None) -> None:
@@ -246,9 +252,9 @@ class Fleet:
         at_s = since_s + flight.left_s
         leaves_s = since_s + (flight.leaves_after_s - flight.done_s)
         if leaves_s < at_s:
-            kind, at_s = _LEAVES, leaves_s
+            kind, at_s = DROPOUT, leaves_s
         if flight.close_s < at_s:
-            kind, at_s = _CLOSE, flight.close_s
+            kind, at_s = WINDOW_CLOSE, flight.close_s
         self.queue.push(at_s, kind, flight.job.cid, flight.number)
         return kind
 

@@ -24,7 +24,7 @@ from fedllm.federation import (
 )
 from fedllm.federation.fidelity import aggregation_error
 from fedllm.federation.staleness import fresh_parts, is_mean
-from fedllm.simulation import snapshot
+from fedllm.simulation import events, snapshot
 from fedllm.simulation.events import NOBODY, Entry, EventKind, EventQueue
 from fedllm.simulation.fleet import AtWindowClose, Fleet
 from fedllm.simulation.flights import Flight
@@ -39,9 +39,7 @@ from fedllm.system import World
 
 MOST_LOSSES = 1000
 """So many jobs lost one after another, with no update between, end a run."""
-# looked up once: reading a member of an enum costs as much as a call
-_OPEN, _TRAINED, _SENT = EventKind.WINDOW_OPEN, EventKind.TRAINING_DONE, EventKind.UPLOAD_DONE
-_LOST_BY = {EventKind.DROPOUT: "dropout", EventKind.WINDOW_CLOSE: "window"}
+_LOST_BY = {events.DROPOUT: "dropout", events.WINDOW_CLOSE: "window"}
 
 
 @dataclass
@@ -107,7 +105,6 @@ class Loop:
         before, with an empty round that says why.
         """
         self._rounds = rounds
-        pending, limit_s = self.queue.pending, self.time_limit_s
         while self.server.version < rounds and not self.ended:
             ready = self.schedule.ready
             if ready is not None:
@@ -115,13 +112,7 @@ class Loop:
                 continue
             self.is_stirred = False
             self._fill()
-            self.ended = self._end()
-            while pending and not (self.is_stirred or self.ended):
-                if pending[0][0] > limit_s:
-                    self.queue.now_s = limit_s
-                    self.ended = f"the time limit of {limit_s:g} s is reached"
-                else:
-                    self._handle(self.queue.pop())
+            self.ended = self._end() or self._advance()
             if self.ended:
                 yield self._aggregate(None, is_last=True)
 
@@ -131,6 +122,16 @@ class Loop:
             return "no client that could be chosen will ever be available again"
         if self.losses >= MOST_LOSSES:
             return f"{self.losses} jobs in a row were lost and nothing arrived"
+        return ""
+
+    def _advance(self) -> str:
+        """Let things happen until the server may act; say why the run ends, if it does."""
+        pending, pop, limit_s = self.queue.pending, self.queue.pop, self.time_limit_s
+        while pending and not self.is_stirred:
+            if pending[0][0] > limit_s:
+                self.queue.now_s = limit_s
+                return f"the time limit of {limit_s:g} s is reached"
+            self._handle(pop())
         return ""
 
     def state(self) -> dict[str, object]:
@@ -160,7 +161,7 @@ class Loop:
             self.fleet.dispatched += 1
             number, due_s = self.fleet.dispatched, self.queue.now_s + self.schedule.deadline_s
             self.deadlines[group] = number, due_s
-            self.queue.push(due_s, EventKind.DEADLINE, NOBODY, number)
+            self.queue.push(due_s, events.DEADLINE, NOBODY, number)
 
     # what happens
 
@@ -168,20 +169,20 @@ class Loop:
         time_s, kind, _, cid, number = event
         flight = self.fleet.flights.get(cid)
         if flight is not None and flight.number == number:
-            if kind is _TRAINED:
+            if kind is events.TRAINING_DONE:
                 self.fleet.begin_upload(flight)
-            elif kind is _SENT:
+            elif kind is events.UPLOAD_DONE:
                 self._arrive(flight, time_s)
-            elif kind is _OPEN:
+            elif kind is events.WINDOW_OPEN:
                 self.fleet.resume(flight)
             elif not self.fleet.pauses(kind, flight):
                 self._lose(flight, _LOST_BY[kind], kind)
-        elif kind is _OPEN:
+        elif kind is events.WINDOW_OPEN:
             awaited = self.fleet.awaited.get(cid)
             if awaited is not None and awaited.number == number:
                 flight = self.fleet.take_off(cid, self._latest_s(awaited.group))
                 self.computation.begin(flight)
-        elif kind is EventKind.DEADLINE:
+        elif kind is events.DEADLINE:
             self._deadline(number)
 
     def _deadline(self, due: int) -> None:
@@ -193,9 +194,8 @@ class Loop:
 
     def _latest_s(self, group: int) -> float:
         """Return when the update of a client that has come would be of no use any more."""
-        if not self.deadlines or self.schedule.is_stream:
-            return math.inf
-        return self.deadlines[group][1]
+        is_limited = self.deadlines and not self.schedule.is_stream
+        return self.deadlines[group][1] if is_limited else math.inf
 
     def _arrive(self, flight: Flight, now_s: float) -> None:
         """Take in an update that has arrived, if it can be used."""
@@ -204,7 +204,7 @@ class Loop:
         self.fleet.land(flight)
         row = flight.row(now_s, self.world, is_done=True)
         lateness = row["staleness"] = version - job.payload.version
-        if lateness and self._is_stale(lateness):
+        if lateness and self.schedule.is_stale(lateness):
             self.computation.drop(flight)
             self._miss(flight, row, "stale")
             return
@@ -222,10 +222,6 @@ class Loop:
         self.answered[cid] = job
         self.is_stirred = self.schedule.receive(flight.group, update)
         self.diary.end(row, version, "arrived")
-
-    def _is_stale(self, lateness: int) -> bool:
-        latest = self.schedule.max_staleness
-        return latest is not None and lateness > latest
 
     def _miss(self, flight: Flight, row: dict[str, Any], outcome: str) -> None:
         """Write down an update that has arrived for nothing."""
@@ -264,7 +260,8 @@ class Loop:
             self._dismiss("deadline" if own.is_due else "surplus", group)
         if is_last:
             self._dismiss("unfinished")
-        begin, has_ideal = time.perf_counter(), is_mean(self.server, sent)
+        has_ideal = self.server.has_mean and is_mean(self.server, sent)
+        begin = time.perf_counter()
         self.server.apply(self._parts(own, sent))
         middle = time.perf_counter()
         agg_error = aggregation_error(self.server, sent, self.answered) if has_ideal else None

@@ -74,6 +74,10 @@ class Schedule(ABC):
         """How many versions late an update may be."""
         return None
 
+    def is_stale(self, lateness: int) -> bool:
+        """Tell whether an update that is so many versions late is of no use."""
+        return self.max_staleness is not None and lateness > self.max_staleness
+
     @abstractmethod
     def orders(self, busy: int) -> list[Order]:
         """Return how many clients each group wants now, `busy` being at work or waited for."""
@@ -163,7 +167,7 @@ class Sync(Schedule):
 
     def receive(self, group: int, update: Update) -> bool:
         """Take an update; until the round is complete there is nothing to do but to wait."""
-        super().receive(group, update)
+        self.groups[group].arrived.append(update)
         return self.is_ready(group)
 
     def is_ready(self, group: int) -> bool:
