@@ -177,7 +177,7 @@ class Cohort:
             rows = torch.from_numpy(owners).to(self.grads.device)[out.owners]
             share = out.losses * weights[rows]
             self.losses[step].index_add_(0, rows, share.detach())
-            share.sum().backward()  # type: ignore[no-untyped-call]
+            share.sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _head_leaves(self) -> dict[str, Tensor]:
         """Make this step's heads: trained ones are leaves over the buffer's own memory."""
