@@ -38,7 +38,8 @@ _UPDATE = Update(0, 0, _NOTHING, num_samples=5, num_steps=3)
 
 def _copied(update: Update, **more: int) -> Update:
     made = object.__new__(Update)
-    made.__dict__.update(update.__dict__, **more)
+    made.__dict__.update(update.__dict__)
+    made.__dict__.update(more)
     return made
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from cli_world import call
 
+from fedllm.system.traces import import_trace
+
 
 def test_a_trace_is_made_up_inspected_imported_and_drawn(tmp_path: Path) -> None:
     made, ours = tmp_path / "phones.json", tmp_path / "ours.jsonl"
@@ -114,3 +116,24 @@ def test_time_zone_and_what_is_unknown_go_into_the_file(tmp_path: Path) -> None:
     assert found["share_available_by_hour"][4:7] == [1.0, 0.0, 1.0]
     code, text = call("trace", "inspect", str(made), "--time-zone", "Asia/Shangai")
     assert (code, "did you mean Asia/Shanghai" in " ".join(text.split())) == (2, True)
+
+
+def test_a_picture_is_drawn_by_the_clocks_of_a_time_zone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, asked = tmp_path / "phones.json", []
+    words = ("--format", "flash", "--clients", "2", "--days", "1", "--to", str(made))
+    call("trace", "generate", *words)
+
+    def watched(path: Path, kind: str, **options: object) -> object:
+        asked.append(options["time_zone"])
+        return import_trace(path, kind, **options)
+
+    monkeypatch.setattr("fedllm.system.traces.import_trace", watched)
+    words = ("--to", str(tmp_path / "a.png"), "--time-zone")
+    code, _ = call("trace", "plot", str(made), *words, "Asia/Shanghai")
+    assert (code, asked) == (0, ["Asia/Shanghai"])
+    code, text = call(
+        "trace", "plot", str(made), "--to", str(tmp_path / "b.png"), words[-1], "Mars"
+    )
+    assert (code, "Mars" in text) == (2, True)

@@ -126,6 +126,22 @@ def test_a_target_that_some_seeds_reach_says_how_many(tmp_path: Path) -> None:
     assert "2 (1 of 2)" in text
 
 
+@pytest.mark.parametrize(("rounds", "ended", "told"), [(9, "", 1), (2, "", 0), (9, "time", 0)])
+def test_runs_that_have_not_come_to_their_end_are_marked(
+    tmp_path: Path, rounds: int, ended: str, told: int
+) -> None:
+    more = {"ended": ended} if ended else {}
+    scores = [evaluated(number, score, **more) for number, score in enumerate(SCORES)]
+    sections = {"federation": {"rounds": rounds}}
+    path = world_run(tmp_path / "one", [Work(0, 0.0, 1.0, 1.0)], scores, **sections).path
+    (group,) = compare([path])
+    assert [run.is_finished for run in group.runs] == [not told]
+    _, text = call("compare", str(path))
+    assert ("1 (1 unfinished)" in text) == bool(told)
+    (as_json,) = json.loads(call("compare", str(path), "--format", "json")[1])
+    assert as_json["unfinished"] == [str(path)] * told
+
+
 # what cannot be compared
 
 

@@ -92,6 +92,25 @@ def test_an_optimizer_beside_a_method_changes_what_is_refused_only_if_it_sends_m
     assert all("control variates" in problem for problem in found)
 
 
+@pytest.mark.parametrize("beside", [{}, {"optimizer": "scaffold"}])
+@pytest.mark.parametrize("rule", list(ROBUST))
+def test_what_clients_choose_to_train_is_not_compared(beside: dict[str, str], rule: str) -> None:
+    def found(heads: int) -> list[str]:
+        method = {"name": "ravan", "heads": 4, "trained_heads": heads, **beside}
+        return problems_of({"algorithm": method, "updates": {"robust": RULES[rule]}})
+
+    told = [problem for problem in found(2) if problem not in found(4)]
+    assert len(told) == int(rule in {"krum", "multi-krum"})
+    assert all("updates.robust: not defined where each client trains" in t for t in told)
+
+
+def test_no_noise_hides_which_heads_a_client_trained() -> None:
+    for heads, refusals in ((2, 1), (4, 0)):
+        method = {"name": "ravan", "heads": 4, "trained_heads": heads}
+        found = problems_of({"algorithm": method, "updates": {"privacy": PRIVACY}})
+        assert len(found) == refusals
+
+
 # single refusals
 
 

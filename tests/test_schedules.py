@@ -205,7 +205,7 @@ def drawn(policy: Any, count: int, *, pool: int = 10_000, free: Any = None) -> l
     chosen = selection.choose(
         BaseServer(), count, 0.0, lambda draw: rng(5, "cohort", 0, *([draw] if draw else [])), free
     )
-    return [one.cid for one in chosen]
+    return [cid for cid, *_ in chosen]
 
 
 def test_of_available_only_those_who_are_there_are_taken() -> None:
@@ -261,7 +261,7 @@ def test_a_sequence_visits_everyone_once_in_a_cycle_and_passes_over_who_never_co
         selection, walked, visited = Selection(Some(), range(5), seed=4), 0, []
         for _ in range(8):
             walked, chosen = selection.walk(walked, 0.0, is_reshuffled)
-            visited += [one.cid for one in chosen]
+            visited += [cid for cid, *_ in chosen]
         assert Counter(visited) == dict.fromkeys((0, 1, 3, 4), 2)
         assert (visited[:4] == visited[4:]) is not is_reshuffled
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.seeding import derive, rng
+from fedllm.seeding import Numbered, derive, rng
 
 names = st.lists(st.one_of(st.integers(-(10**6), 10**6), st.text("abc", max_size=3)), max_size=4)
 seeds = st.integers(0, 2**64)
@@ -23,6 +23,15 @@ def test_a_stream_follows_from_seed_and_names_alone(seed: int, words: list) -> N
     assert derive(seed, *words) == derive(seed, *words)
     assert (rng(seed, *words).random(4) == rng(seed, *words).random(4)).all()
     assert 0 <= derive(seed, *words) < 2**63
+
+
+@given(seeds, names, st.integers(-5, 2**63), st.integers(-5, 2**63))
+def test_what_is_hashed_before_gives_the_same_seeds(
+    seed: int, words: list, first: int, second: int
+) -> None:
+    numbered = Numbered(seed, *words)
+    assert numbered.of(first, second) == derive(seed, *words, first, second)
+    assert numbered.of(second, first) == derive(seed, *words, second, first)
 
 
 @given(seeds, names, seeds, names)

@@ -18,6 +18,7 @@ from loop_worlds import PERIOD_S, CountingEngine, Slow, build, fate, loop_of
 from fedllm.federation import BaseServer, HeadPolicy, Part
 from fedllm.seeding import rng
 from fedllm.simulation import ClientState, Event, EventKind, EventQueue, Population
+from fedllm.simulation.events import Entry
 from fedllm.system import Ideal, Work
 
 SETUPS = [Setup(case) for case in CASES]
@@ -32,7 +33,7 @@ def test_events_come_by_time_then_kind_then_order_of_pushing(pushed: list) -> No
     queue = EventQueue()
     for push in pushed:
         queue.push(*push)
-    popped = [queue.pop() for _ in pushed]
+    popped = [Event(*queue.pop()) for _ in pushed]
     order = sorted(range(len(pushed)), key=lambda i: (pushed[i][0], pushed[i][1], i))
     assert [event.number for event in popped] == order
     assert [(e.time_s, e.kind, e.cid) for e in popped] == [pushed[i] for i in order]
@@ -46,7 +47,7 @@ def test_time_never_runs_back_however_pushes_and_pops_mix(acts: list) -> None:
         if act is not None:
             queue.push(queue.now_s + act[0], act[1], 0)
         elif len(queue):
-            assert queue.pending[0].time_s == queue.pop().time_s == queue.now_s
+            assert queue.pending[0][0] == queue.pop()[0] == queue.now_s
             seen.append(queue.now_s)
     assert seen == sorted(seen)
 
@@ -214,11 +215,11 @@ class WatchedQueue(EventQueue):
         self.loop = None
         self.seen: list[tuple[Event, dict[int, ClientState]]] = []
 
-    def pop(self) -> Event:
-        event = super().pop()
+    def pop(self) -> Entry:
+        entry = super().pop()
         flights = self.loop.fleet.flights
-        self.seen.append((event, {cid: flight.state for cid, flight in flights.items()}))
-        return event
+        self.seen.append((Event(*entry), {cid: flight.state for cid, flight in flights.items()}))
+        return entry
 
 
 @each_algorithm

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from fedllm.adapters import Adapter, bases, is_core, is_gain, is_head, is_on_path
-from fedllm.federation import BaseClient, BaseServer, ClientId, Job, Part
+from fedllm.federation import BaseClient, BaseServer, ClientId, Count, Job, Part
 
 
 @dataclass(kw_only=True)
 class Server(BaseServer):
     """Averages each core over those that trained it; bases follow from the seed."""
 
-    heads: Annotated[int, Field(ge=1)] = 4  # h: how many bases a layer has
+    chosen_of: ClassVar[tuple[str, str]] = ("trained_heads", "heads")
+
+    heads: Count = 4  # h: how many bases a layer has
     bases: Literal["gram-schmidt", "gaussian"] = "gram-schmidt"  # orthonormal, or normal
-    trained_heads: Annotated[int, Field(ge=1)] | None = None  # in a round; None is all
+    trained_heads: Count | None = None  # in a round; None is all
     choose: Literal["random", "norm"] = "random"  # of them: by lot, or the largest cores
     absent: Literal["exclude", "hold"] = "exclude"  # does not count, or counts as H_j
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -34,7 +34,7 @@ app.command()(report)
 app.command()(compare)
 
 Words = Annotated[
-    Optional[list[str]],  # noqa: UP045  # typer reads this at run time
+    list[str] | None,
     typer.Argument(metavar="[a.b=value]...", help="Settings laid over the file."),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as runs/demo.")]
@@ -64,12 +64,12 @@ def _options(
 @app.command()
 def run(
     config: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(metavar="CONFIG.yaml", help="What to run; not with --resume."),
     ] = None,
     words: Words = None,
     resume: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(metavar="DIR", help="Continue this run from its last checkpoint."),
     ] = None,
     dry_run: Annotated[
@@ -116,15 +116,15 @@ def check(
 def evaluate_run(
     path: RunPath,
     client: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(metavar="CID", help="Use this client's test rows alone."),
     ] = None,
     scope: Annotated[
-        Optional[Literal["global", "personal", "both"]],  # noqa: UP045
+        Literal["global", "personal", "both"] | None,
         typer.Option(help="The global view, each client's own, or both; default: as the run."),
     ] = None,
     save: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(metavar="FILE.json", help="Write metrics and predictions there."),
     ] = None,
 ) -> None:
@@ -173,7 +173,7 @@ def export(
         bool, typer.Option("--merged", help="Whole weights instead of an adapter.")
     ] = False,
     client: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(metavar="CID", help="This client's own view; default the global one."),
     ] = None,
 ) -> None:
@@ -194,11 +194,11 @@ def bench(
         str, typer.Argument(metavar="MATRIX", help="A file, or `algorithms`, which comes along.")
     ],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(metavar="[A.B=VALUE]...", help="Settings over those of the file."),
     ] = None,
     to: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--to", metavar="DIR", help="Where its runs go; default runs/NAME."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that run side by side.")] = 1,

@@ -107,12 +107,18 @@ def _table(groups: Sequence[Group], target: float | None) -> tuple[list[str], li
     rows = []
     for group in groups:
         figures, count = group.figures, len(group.runs)
-        row = [group.label, str(count), _value(figures["last"]), _value(figures["best"])]
+        row = [group.label, _runs(group), _value(figures["last"]), _value(figures["best"])]
         row += [_cost(cost, figures[cost], count) for cost in TOTALS]
         if target is not None:
             row += [_to_target(cost, group) for cost in COSTS]
         rows.append(row)
     return head, rows
+
+
+def _runs(group: Group) -> str:
+    """Write how many runs there are, and how many of them have not come to their end."""
+    unfinished = sum(not run.is_finished for run in group.runs)
+    return str(len(group.runs)) + (f" ({unfinished} unfinished)" if unfinished else "")
 
 
 def _value(spread: Spread | None) -> str:
@@ -151,6 +157,7 @@ def _as_dict(group: Group) -> dict[str, Any]:
     return {
         "label": group.label,
         "runs": [str(run.path) for run in group.runs],
+        "unfinished": [str(run.path) for run in group.runs if not run.is_finished],
         "settings": dict(group.settings),
         "metric": group.runs[0].metric,
         "view": group.runs[0].view,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from fedllm.cli.errors import reported
 def report(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as runs/demo.")],
     to: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--to", metavar="FILE.html", help="A new file; default RUN/report.html."),
     ] = None,
 ) -> None:
@@ -29,14 +29,14 @@ def report(
 def compare(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     target: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="[METRIC=]VALUE", help="Tell what it took to get there."),
     ] = None,
     form: Annotated[
         Literal["text", "json", "markdown", "latex"], typer.Option("--format", help="Of the table.")
     ] = "text",
     to: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--to", metavar="DIR", help="Draw the courses into this folder."),
     ] = None,
 ) -> None:

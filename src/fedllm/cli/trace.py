@@ -123,6 +123,7 @@ def plot(
     to: Annotated[Path, typer.Option("--to", metavar="PNG", help="A new picture.")],
     kind: Format = "auto",
     policy: PolicyOption = "flash",
+    time_zone: TimeZone = "UTC",
     malformed: Malformed = 0.05,
 ) -> None:
     """Draw the windows of some clients, and how many are there over time."""
@@ -134,7 +135,10 @@ def plot(
         if to.suffix != ".png":
             raise DataError(f"{to}: pictures are written as .png; choose such a name")
         make_way(to)
-        trace = import_trace(file, kind, policy=policy, malformed=malformed)[0].trace()
+        record, _ = import_trace(
+            file, kind, policy=policy, time_zone=time_zone, malformed=malformed
+        )
+        trace = record.trace()
         if not trace.num_windows:
             raise DataError(f"{file} holds no window, so there is nothing to draw")
         span = trace.span_s

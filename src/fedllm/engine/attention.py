@@ -71,7 +71,7 @@ def packed_attention(
     window, softcap = rules.get("sliding_window"), rules.get("softcap")
     if packing.is_one_batch and softcap is None:
         return _one_batch(query, key, value, packing, scale, causal, window), None
-    out: Tensor = PackedAttention.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = PackedAttention.apply(  # type: ignore[no-untyped-call]  # untyped in torch
         query, key, value, packing.runs, scale, causal, window, softcap
     )
     return out, None

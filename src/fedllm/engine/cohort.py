@@ -183,7 +183,7 @@ class Cohort:
             losses, clients = self.objective.of(out, laid, rows, owners)
             share = losses * weights[clients]
             self.losses[step].index_add_(0, clients, share.detach())
-            share.sum().backward()  # type: ignore[no-untyped-call]
+            share.sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _lay_out(self, sequences: Sequences) -> None:
         """Tell the layers whose rows a pass holds."""

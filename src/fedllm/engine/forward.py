@@ -72,20 +72,24 @@ class Forward:
         """Return the logits (n, vocabulary) after the tokens at these places of the pass."""
         if not self.is_packed:
             ids, mask = padded(sequences, self.pad_id, self.device)
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return logits[mask.bool()][torch.from_numpy(at).to(self.device)]  # type: ignore[no-any-return]
+            out = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            logits: Tensor = out.logits
+            return logits[mask.bool()][torch.from_numpy(at).to(self.device)]
         index = torch.from_numpy(at).to(self.device)
         with self._packed_attention():
             if self.keeps_logits:
                 out = self.model(**self._packed(sequences), use_cache=False, logits_to_keep=index)
-                return out.logits[0]  # type: ignore[no-any-return]
-            return self.model(**self._packed(sequences), use_cache=False).logits[0, index]  # type: ignore[no-any-return]
+                kept: Tensor = out.logits
+                return kept[0]
+            every: Tensor = self.model(**self._packed(sequences), use_cache=False).logits
+            return every[0, index]
 
     def class_logits(self, sequences: Sequences) -> Tensor:
         """Return the class logits (N, classes) of a pass."""
         if not self.is_packed:
             ids, mask = padded(sequences, self.pad_id, self.device)
-            return self.model(input_ids=ids, attention_mask=mask).logits  # type: ignore[no-any-return]
+            found: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+            return found
         body = self.model.base_model
         with self._packed_attention():
             hidden = body(**self._packed(sequences)).last_hidden_state[0]
@@ -96,21 +100,22 @@ class Forward:
         head = self.model.get_submodule(self.head or "classifier")
         pooler = getattr(body, "pooler", None)
         if pooler is not None:
-            return head(pooler(first))  # type: ignore[no-any-return]
-        logits = head(first)
-        return logits[:, 0] if logits.ndim == 3 else logits  # type: ignore[no-any-return]
+            pooled: Tensor = head(pooler(first))
+            return pooled
+        logits: Tensor = head(first)
+        return logits[:, 0] if logits.ndim == 3 else logits
 
     def last_hidden(self, sequences: Sequences) -> Tensor:
         """Return the last layer's hidden state (N, hidden) of each sequence's last token."""
         body = self.model.base_model
         if not self.is_packed:
             ids, mask = padded(sequences, self.pad_id, self.device)
-            hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
-            return hidden[torch.arange(len(ids), device=self.device), mask.sum(dim=1) - 1]  # type: ignore[no-any-return]
+            hidden: Tensor = body(input_ids=ids, attention_mask=mask).last_hidden_state
+            return hidden[torch.arange(len(ids), device=self.device), mask.sum(dim=1) - 1]
         with self._packed_attention():
             hidden = body(**self._packed(sequences)).last_hidden_state[0]
         places = sequences.starts + sequences.lengths - 1
-        return hidden[torch.from_numpy(places).to(self.device)]  # type: ignore[no-any-return]
+        return hidden[torch.from_numpy(places).to(self.device)]
 
     def _packed(self, sequences: Sequences) -> dict[str, object]:
         ids = torch.from_numpy(sequences.tokens.astype(np.int64))[None].to(self.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,21 +107,21 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base weight: some models look at their layers' dtype or device."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        weight: Tensor = self.base.weight  # type: ignore[assignment]  # a module may hold another
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the base output plus scaling * B A dropout(x) of the client each row is of."""
         active = self.slot.active
         if active is None:
-            return self.base(x)  # type: ignore[no-any-return]
+            return cast("Tensor", self.base(x))
         low_rank, delta = active.modules.get(self.name), active.delta.get(self.name)
         flat = x.reshape(-1, x.shape[-1])
         if low_rank is None and delta is None:
             return self._with_sparse(self.base(x), flat, active)
         keep = self._dropout_mask(flat, active) if active.dropout else None
         weight, bias = plain_weight(self.base)
-        y: Tensor = LowRankPath.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = LowRankPath.apply(  # type: ignore[no-untyped-call]  # untyped in torch
             flat,
             active.anchor,
             weight,
@@ -141,7 +141,7 @@ class LoRALinear(nn.Module):
         sparse = active.sparse.get(self.name)
         if sparse is None:
             return y
-        path: Tensor = SparsePath.apply(  # type: ignore[no-untyped-call]
+        path: Tensor = SparsePath.apply(  # type: ignore[no-untyped-call]  # untyped in torch
             flat, active.anchor, sparse, active.segments(len(flat))
         )
         return y + path.view_as(y)
@@ -190,7 +190,7 @@ class ClientHead(nn.Module):
         active = self.slot.active
         parameters = active.heads.get(self.name) if active is not None else None
         if active is None or not parameters:
-            return self.base(x)  # type: ignore[no-any-return]
+            return cast("Tensor", self.base(x))
         outputs = []
         for row, start, end in active.segments(x.shape[0]):
             own = {name: tensor[row] for name, tensor in parameters.items()}

@@ -39,10 +39,10 @@ class FrozenRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last axis."""
-        gain: Tensor = self.gain  # type: ignore[assignment]
+        gain: Tensor = self.gain  # type: ignore[assignment]  # registered by its name
         if not (torch.is_grad_enabled() and x.requires_grad):
             return torch.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * gain
-        out: Tensor = _RMSNorm.apply(x, gain, self.eps)  # type: ignore[no-untyped-call]
+        out: Tensor = _RMSNorm.apply(x, gain, self.eps)  # type: ignore[no-untyped-call]  # untyped in torch
         return out
 
 

@@ -43,7 +43,7 @@ class _TokenLoss(torch.autograd.Function):
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each row, fp32 (n,), from logits (n, classes) and targets (n,)."""
-    losses: Tensor = _TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    losses: Tensor = _TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]  # untyped in torch
     return losses
 
 

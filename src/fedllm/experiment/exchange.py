@@ -16,7 +16,9 @@ from fedllm.simulation import Reception
 
 _COMBINING = ("median", "trimmed-mean")
 """Rules that make one update of all."""
-_COMPARING = (*_COMBINING, "krum", "multi-krum")
+_CHOOSING = ("krum", "multi-krum")
+"""Rules that keep those that lie close to each other."""
+_COMPARING = (*_COMBINING, *_CHOOSING)
 """Rules that compare clients' tensors with each other."""
 
 
@@ -127,6 +129,13 @@ def _unfit(config: Config, server: BaseServer) -> list[str]:
         compared = ["updates.robust"] if rule.name in _COMPARING else []
         wrong += [
             f"{key}: clients of unequal rank have no common tensors to compare; give all one rank"
+            for key in [*compared, *(["updates.privacy"] if private else [])]
+        ]
+    if server.is_uneven:
+        setting = " < ".join(server.chosen_of or ())
+        compared = ["updates.robust"] if rule.name in _CHOOSING else []
+        wrong += [
+            f"{key}: not defined where each client trains tensors of its own choice ({setting})"
             for key in [*compared, *(["updates.privacy"] if private else [])]
         ]
     if private and rule.name in _COMPARING:

@@ -1,6 +1,6 @@
 """The protocol between server, clients, engine and executors."""
 
-from fedllm.federation.base import NOBODY, BaseServer, MixedRank, weighted
+from fedllm.federation.base import NOBODY, BaseServer, Count, MixedRank, weighted
 from fedllm.federation.client import BaseClient, HeadPolicy, visible
 from fedllm.federation.clusters import ClusteredServer
 from fedllm.federation.controls import (
@@ -54,6 +54,7 @@ __all__ = [
     "Codec",
     "ControlClient",
     "ControlServer",
+    "Count",
     "Engine",
     "Executor",
     "ExpertClient",

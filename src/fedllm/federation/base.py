@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import Field
 
 from fedllm.adapters import (
     Adapter,
@@ -43,6 +45,10 @@ def together_only(why: str) -> Mapping[str, str]:
     return dict.fromkeys(("buffered", "async", "semi-sync", "sequential"), why)
 
 
+Count = Annotated[int, Field(ge=1)]
+"""A setting of an algorithm that is at least 1."""
+
+
 @functools.cache
 def _setting_names(kind: type[BaseServer]) -> tuple[str, ...]:
     return tuple(f.name for f in fields(kind) if f.init)
@@ -69,6 +75,8 @@ class BaseServer:
     """Schedule to the reason why it is not defined for this algorithm."""
     has_mean: ClassVar[bool] = True
     """Whether what clients trained has a mean that aggregation aims at (`agg_error`)."""
+    chosen_of: ClassVar[tuple[str, str] | None] = None
+    """Settings that say how many parts, of how many, each client chooses to train."""
     is_random_cohort: ClassVar[bool] = True
     """Whether cohorts are drawn uniformly, as privacy accounting needs."""
 
@@ -121,6 +129,14 @@ class BaseServer:
         """Make the algorithm's first state from the initial adapter; by default that is it."""
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether clients of a round train different tensors, so that no two can be compared."""
+        if self.chosen_of is None:
+            return False
+        chosen, of = (getattr(self, name) for name in self.chosen_of)
+        return chosen is not None and bool(chosen < of)
+
+    @property
     def stage(self) -> str:
         """The phase that jobs of this version belong to, if the algorithm has several."""
         return ""
@@ -130,7 +146,7 @@ class BaseServer:
     ) -> Sequence[ClientId]:
         """Choose a cohort: uniformly, without replacement."""
         chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False)
-        return [pool[int(i)] for i in chosen]
+        return [pool[i] for i in chosen.tolist()]
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Say what each client of the cohort does: one job from its download."""

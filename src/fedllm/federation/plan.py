@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedllm.config import TrainingConfig
 
@@ -15,7 +16,7 @@ class Plan:
     training: TrainingConfig
     rounds: int
 
-    @property
+    @cached_property
     def rows_per_step(self) -> int:
         """Examples in one optimiser step."""
         return self.training.batch_size * self.training.gradient_accumulation

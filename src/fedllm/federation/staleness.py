@@ -46,14 +46,15 @@ def fresh_parts(
         is_change: Whether a late update counts as a change of today's model.
     """
     fresh = []
-    for weight, update in parts:
+    for part in parts:
+        weight, update = part
         is_late = update.version < server.version
         if is_late and (is_change or server.recoordinated):
             brought = server.rebase(update, jobs[update.cid])
             if brought is not None:
                 fresh.append(Part(weight, brought))
         else:
-            fresh.append(Part(weight, update))
+            fresh.append(part)
     rest = 1.0 - sum(part.weight for part in fresh)
     if fresh and abs(rest) > _ROUNDING:
         fresh.append(Part(rest, server.present(fresh)))

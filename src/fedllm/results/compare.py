@@ -49,6 +49,8 @@ class Course:
 
     Empty where nothing is known: time and energy of prototype mode, and of older runs.
     """
+    is_finished: bool = True
+    """Whether all of its rounds are done, or it has ended for a reason of its own."""
 
     @property
     def last(self) -> float:
@@ -232,7 +234,10 @@ def _course(path: Path, history: History, metric: str, view: str) -> Course:
         "energy_total_j": _if_any(history.totals("energy_total_j")),
     }
     values = dict(zip(series.rounds, series.values, strict=True))
-    return Course(path, read(path / CONFIG_FILE), metric, view, values, costs)
+    config = read(path / CONFIG_FILE)
+    planned: int = config["federation"]["rounds"]
+    is_finished = history.last_round >= planned or any(r.get("ended") for r in history.records)
+    return Course(path, config, metric, view, values, costs, is_finished)
 
 
 def _if_any(totals: dict[int, float]) -> dict[int, float]:

@@ -32,6 +32,10 @@ class EventKind(IntEnum):
     """The server waits no longer."""
 
 
+WINDOW_OPEN, TRAINING_DONE, UPLOAD_DONE, DROPOUT, WINDOW_CLOSE, DEADLINE = EventKind
+"""The kinds as plain names, for the loop: to read a member of an enum costs as much as a call."""
+
+
 class ClientState(Enum):
     """What a client is doing."""
 
@@ -60,7 +64,8 @@ class Event(NamedTuple):
     """Number of the dispatch it belongs to, or of the group whose deadline it is."""
 
 
-_new = tuple.__new__
+Entry = tuple[float, EventKind, int, int, int]
+"""An event as the heap holds it: plain, because every job makes several."""
 
 
 class EventQueue:
@@ -75,10 +80,10 @@ class EventQueue:
 
     def __init__(self, now_s: float = 0.0, pending: Iterable[Event] = ()) -> None:
         self.now_s = now_s
-        self.pending = list(pending)
+        self.pending: list[Entry] = list(pending)
         """The heap: the next event first."""
         heapq.heapify(self.pending)
-        self._pushed = max((event.number for event in self.pending), default=-1) + 1
+        self._pushed = max((number for _, _, number, _, _ in self.pending), default=-1) + 1
 
     def __len__(self) -> int:
         return len(self.pending)
@@ -93,16 +98,15 @@ class EventQueue:
             raise ValueError(
                 f"{kind.name} of client {cid} at {time_s} s lies before the present, {self.now_s} s"
             )
-        # what Event(...) does, without the call in between: this is the loop's busiest line
-        heapq.heappush(self.pending, _new(Event, (time_s, kind, self._pushed, cid, job)))
+        heapq.heappush(self.pending, (time_s, kind, self._pushed, cid, job))
         self._pushed += 1
 
-    def pop(self) -> Event:
+    def pop(self) -> Entry:
         """Remove the next event and set the clock to it."""
-        event = heapq.heappop(self.pending)
-        self.now_s = event.time_s
-        return event
+        entry = heapq.heappop(self.pending)
+        self.now_s = entry[0]
+        return entry
 
     def snapshot(self) -> list[Event]:
         """Return the pending events in their order."""
-        return sorted(self.pending)
+        return [Event(*entry) for entry in sorted(self.pending)]

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Literal
 
 from fedllm.federation import BaseClient, BaseServer, ClientId, Job, MemoryStore, Plan
 from fedllm.federation.transport import Transport
-from fedllm.seeding import derive
-from fedllm.simulation.events import ClientState, Event, EventKind, EventQueue
+from fedllm.seeding import Numbered
+from fedllm.simulation.events import (
+    DROPOUT,
+    TRAINING_DONE,
+    UPLOAD_DONE,
+    WINDOW_CLOSE,
+    WINDOW_OPEN,
+    ClientState,
+    EventKind,
+    EventQueue,
+)
 from fedllm.simulation.flights import Awaited, Flight, fitting_job
 from fedllm.simulation.population import Population
 from fedllm.simulation.record import Diary
@@ -18,7 +28,8 @@ from fedllm.simulation.selection import Chosen
 from fedllm.system import World
 
 AtWindowClose = Literal["discard", "partial", "pause"]
-_NAMES = [kind.name for kind in EventKind]
+_NAMES = {kind: kind.name for kind in EventKind}
+_TRAINING = ClientState.TRAINING
 _IDLE, _AVAILABLE, _UPLOADING = (
     state.value for state in (ClientState.IDLE, ClientState.AVAILABLE, ClientState.UPLOADING)
 )
@@ -51,6 +62,12 @@ class Fleet:
     cells: dict[int, list[float]] = field(default_factory=dict)
     """Cell to the ends of the transfers that go on in it."""
 
+    def __post_init__(self) -> None:
+        """Remember what many jobs have in common."""
+        self._seeds = Numbered(self.seed, "job")
+        self._steps = lru_cache(1024)(self.plan.steps)
+        self._learning_rate = lru_cache(64)(self.plan.learning_rate)
+
     def __len__(self) -> int:
         return len(self.awaited) + len(self.flights)
 
@@ -70,25 +87,19 @@ class Fleet:
         for cid, open_s, close_s in chosen:
             self.dispatched += 1
             self.awaited[cid] = Awaited(self.dispatched, group, close_s)
-            push(max(now, open_s), EventKind.WINDOW_OPEN, cid, self.dispatched)
+            push(open_s if open_s > now else now, WINDOW_OPEN, cid, self.dispatched)
 
-    def is_awaited(self, event: Event) -> bool:
-        """Tell whether an event is the coming of a client that is still waited for."""
-        awaited = self.awaited.get(event.cid)
-        return awaited is not None and awaited.number == event.job
-
-    def take_off(self, event: Event, latest_s: float) -> Flight:
+    def take_off(self, cid: ClientId, latest_s: float) -> Flight:
         """Give a client that has come its job.
 
         Args:
-            event: The opening of its window.
+            cid: Who was waited for.
             latest_s: Virtual time after which an arrival is of no use.
         """
-        now, cid = event.time_s, event.cid
         awaited = self.awaited.pop(cid)
-        self._write(event, _AVAILABLE)["until_s"] = _known(awaited.close_s)
+        self._write_open(cid, awaited.number, _AVAILABLE, awaited.close_s)
         flight = self._prepare(cid, awaited)
-        trained = now + flight.left_s
+        trained = self.queue.now_s + flight.left_s
         upload_s = self.world.upload_s(cid, flight.up_bytes, trained, 1)
         busy_s = flight.left_s + upload_s
         flight.expected_s = trained + upload_s
@@ -96,22 +107,23 @@ class Fleet:
         is_cut = self.at_window_close != "pause" and flight.expected_s > flight.close_s
         is_late = flight.expected_s > latest_s
         flight.is_doomed = is_cut or is_late or busy_s > flight.leaves_after_s
-        self._push_next(flight)
+        self._push_next(flight, TRAINING_DONE)
         return flight
 
-    def resume(self, event: Event, flight: Flight) -> None:
+    def resume(self, flight: Flight) -> None:
         """Let a client that was paused go on."""
-        window = self.world.window(event.cid, event.time_s)
-        flight.resume(event.time_s, math.inf if window is None else window[1])
-        self._write(event, flight.phase.value)["until_s"] = _known(flight.close_s)
-        self._push_next(flight)
+        now, cid = self.queue.now_s, flight.job.cid
+        window = self.world.window(cid, now)
+        flight.resume(now, math.inf if window is None else window[1])
+        self._write_open(cid, flight.number, flight.phase.value, flight.close_s)
+        self._push_next(flight, TRAINING_DONE if flight.phase is _TRAINING else UPLOAD_DONE)
 
     def _prepare(self, cid: ClientId, awaited: Awaited) -> Flight:
         """Make the job, and work out how long it takes."""
-        now, close_s = self.queue.now_s, awaited.close_s
+        now, close_s, contacts = self.queue.now_s, awaited.close_s, self.server.contacts
         job = self._complete(next(iter(self.server.local_run([cid]))))
-        known_before = self.server.contacts.get(cid)
-        self.server.contacts[cid] = self.server.version
+        known_before = contacts.get(cid)
+        contacts[cid] = self.server.version
         down_bytes = self.transport.down_nbytes(job.payload)
         up_bytes = self.transport.up_nbytes(self.client, job)
         download_s = self._transfer(self.world.download_s, cid, down_bytes)
@@ -124,52 +136,52 @@ class Fleet:
             job = fitting_job(job, is_in_time)
         train_s = self._fit_s(job)
         flight = Flight(
-            job=job,
-            number=awaited.number,
-            group=awaited.group,
-            began_s=now,
-            since_s=now,
-            close_s=close_s,
-            download_s=download_s,
-            train_s=train_s,
-            left_s=download_s + train_s,
-            down_bytes=down_bytes,
-            up_bytes=up_bytes,
-            known_before=known_before,
+            job,
+            awaited.number,
+            awaited.group,
+            now,
+            now,
+            close_s,
+            download_s,
+            train_s,
+            download_s + train_s,
+            down_bytes,
+            up_bytes,
+            known_before,
         )
         self.flights[cid] = flight
         return flight
 
-    def begin_upload(self, event: Event, flight: Flight) -> None:
+    def begin_upload(self, flight: Flight) -> None:
         """Let a client that has trained send its update."""
-        upload_s = self._transfer(self.world.upload_s, event.cid, flight.up_bytes)
-        flight.begin_upload(event.time_s, upload_s)
-        self._write(event, _UPLOADING)
-        kind = self._push_next(flight)
-        if kind is EventKind.DROPOUT or (
-            kind is EventKind.WINDOW_CLOSE and self.at_window_close != "pause"
-        ):
+        now, cid = self.queue.now_s, flight.job.cid
+        upload_s = self._transfer(self.world.upload_s, cid, flight.up_bytes)
+        flight.begin_upload(now, upload_s)
+        self.diary.note(now, "TRAINING_DONE", self.server.version, cid, flight.number, _UPLOADING)
+        kind = self._push_next(flight, UPLOAD_DONE)
+        if kind is not UPLOAD_DONE and (kind is DROPOUT or self.at_window_close != "pause"):
             flight.is_doomed = True
 
-    def land(self, event: Event) -> None:
+    def land(self, flight: Flight) -> None:
         """Take in a client that is done."""
-        self._write(event, _IDLE)
-        del self.flights[event.cid]
+        now, cid = self.queue.now_s, flight.job.cid
+        self.diary.note(now, "UPLOAD_DONE", self.server.version, cid, flight.number, _IDLE)
+        del self.flights[cid]
 
-    def pauses(self, event: Event, flight: Flight) -> bool:
+    def pauses(self, kind: EventKind, flight: Flight) -> bool:
         """Pause a client whose window closes, if it is to go on in its next one; tell so."""
-        if event.kind is not EventKind.WINDOW_CLOSE or self.at_window_close != "pause":
+        if kind is not WINDOW_CLOSE or self.at_window_close != "pause":
             return False
-        window = self.world.window(event.cid, event.time_s)
+        now, cid = self.queue.now_s, flight.job.cid
+        window = self.world.window(cid, now)
         if window is None:
             return False
-        flight.pause(event.time_s)
-        self._write(event, _IDLE)
-        open_s = max(window[0], event.time_s)
-        self.queue.push(open_s, EventKind.WINDOW_OPEN, event.cid, flight.number)
+        flight.pause(now)
+        self.diary.note(now, "WINDOW_CLOSE", self.server.version, cid, flight.number, _IDLE)
+        self.queue.push(max(window[0], now), WINDOW_OPEN, cid, flight.number)
         return True
 
-    def lose(self, flight: Flight, outcome: str, event: Event | None = None) -> None:
+    def lose(self, flight: Flight, outcome: str, kind: EventKind | None = None) -> None:
         """Take a client out whose job comes to nothing.
 
         What it has trained is gone; what it has received, it holds.
@@ -177,11 +189,11 @@ class Fleet:
         Args:
             flight: The client.
             outcome: Why, as the ledger tells it.
-            event: What it is lost by; none if the server needs it no more.
+            kind: What it is lost by; none if the server needs it no more.
         """
         now, version = self.queue.now_s, self.server.version
         del self.flights[flight.cid]
-        name = "CANCELLED" if event is None else event.kind.name
+        name = "CANCELLED" if kind is None else _NAMES[kind]
         line = self.diary.note(now, name, version, flight.cid, flight.number, _IDLE)
         line["outcome"] = outcome
         if flight.worked_s(now) < flight.download_s:
@@ -202,13 +214,14 @@ class Fleet:
 
     def _complete(self, job: Job, *, is_sent: bool = True) -> Job:
         """Fill in what the algorithm does not decide: seed, steps, learning rate, private state."""
-        cid, payload, version = job.cid, job.payload, job.version
+        cid, payload = job.cid, job.payload
+        version = payload.version
         rows = int(self.population.sizes[cid])
         return job.filled(
             payload=self.transport.send_down(payload, self.server) if is_sent else payload,
-            seed=derive(self.seed, "job", cid, version),
-            steps=self.plan.steps(rows),
-            learning_rate=self.plan.learning_rate(version),
+            seed=self._seeds.of(cid, version),
+            steps=self._steps(rows),
+            learning_rate=self._learning_rate(version),
             num_samples=rows,
             state=self.store.get(cid),
         )
@@ -228,23 +241,25 @@ class Fleet:
         self.cells[cell] = [*going, now + seconds]
         return seconds
 
-    def _push_next(self, flight: Flight) -> EventKind:
-        """Add the next event of a client at work, and return its kind."""
-        is_training = flight.phase is ClientState.TRAINING
-        kind = EventKind.TRAINING_DONE if is_training else EventKind.UPLOAD_DONE
-        since_s, at_s = flight.since_s, flight.since_s + flight.left_s
-        if since_s + (flight.leaves_after_s - flight.done_s) < at_s:
-            kind, at_s = EventKind.DROPOUT, since_s + (flight.leaves_after_s - flight.done_s)
+    def _push_next(self, flight: Flight, kind: EventKind) -> EventKind:
+        """Add the next event of a client at work, and return its kind.
+
+        Args:
+            flight: The client.
+            kind: What happens at the end of its phase, if nothing comes between.
+        """
+        since_s = flight.since_s
+        at_s = since_s + flight.left_s
+        leaves_s = since_s + (flight.leaves_after_s - flight.done_s)
+        if leaves_s < at_s:
+            kind, at_s = DROPOUT, leaves_s
         if flight.close_s < at_s:
-            kind, at_s = EventKind.WINDOW_CLOSE, flight.close_s
+            kind, at_s = WINDOW_CLOSE, flight.close_s
         self.queue.push(at_s, kind, flight.job.cid, flight.number)
         return kind
 
-    def _write(self, event: Event, state: str) -> dict[str, Any]:
-        time_s, kind, _, cid, job = event
-        return self.diary.note(time_s, _NAMES[kind], self.server.version, cid, job, state)
-
-
-def _known(time_s: float) -> float | None:
-    """Return a time as a record has it: null for never."""
-    return time_s if time_s < math.inf else None
+    def _write_open(self, cid: ClientId, number: int, state: str, close_s: float) -> None:
+        """Write down that a client comes, and until when it is there: null for ever."""
+        now, version = self.queue.now_s, self.server.version
+        line = self.diary.note(now, "WINDOW_OPEN", version, cid, number, state)
+        line["until_s"] = close_s if close_s < math.inf else None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedllm.federation import Job
 from fedllm.simulation.events import ClientState
 from fedllm.system import World
 
 
-class Awaited(NamedTuple):
+@dataclass(slots=True)
+class Awaited:
     """A chosen client that the server waits for."""
 
     number: int
@@ -95,27 +96,29 @@ class Flight:
     def row(self, now_s: float, world: World, *, is_done: bool) -> dict[str, Any]:
         """Return its line of the ledger at its end: what it did, took and moved."""
         download_s, train_s, upload_s = self.download_s, self.train_s, self.upload_s
+        down_bytes, up_bytes, job = self.down_bytes, self.up_bytes, self.job
         if not is_done:
             worked = self.worked_s(now_s)
             download_s = min(worked, download_s)
             train_s = min(worked - download_s, train_s)
             upload_s = max(worked - download_s - train_s, 0.0)
-        sent = upload_s / self.upload_s if self.upload_s else float(is_done)
-        received = download_s / self.download_s if self.download_s else 1.0
+            received = download_s / self.download_s if self.download_s else 1.0
+            sent = upload_s / self.upload_s if self.upload_s else 0.0
+            down_bytes, up_bytes = int(down_bytes * received), int(up_bytes * sent)
         return {
-            "client": self.job.cid,
+            "client": job.cid,
             "job": self.number,
-            "version": self.job.version,
+            "version": job.payload.version,
             "began_s": self.began_s,
             "ended_s": now_s,
             "download_s": download_s,
             "train_s": train_s,
             "upload_s": upload_s,
-            "steps": self.job.steps,
+            "steps": job.steps,
             "staleness": None,
-            "down_bytes": int(self.down_bytes * received),
-            "up_bytes": int(self.up_bytes * sent),
-            "energy_j": world.energy_j(self.job.cid, train_s, download_s, upload_s),
+            "down_bytes": down_bytes,
+            "up_bytes": up_bytes,
+            "energy_j": world.energy_j(job.cid, train_s, download_s, upload_s),
         }
 
 

@@ -38,24 +38,22 @@ class Computation:
         if self.compute == "eager" and (not flight.is_doomed or self.lost == "compute"):
             self._run([flight.job])
 
-    def take(self, flight: Flight, others: Iterable[Flight], room: int | None) -> Update:
-        """Return the result of a job that has arrived.
+    def compute_with(self, flight: Flight, others: Iterable[Flight], room: int | None) -> None:
+        """Compute a job whose result is needed now, and others along with it.
 
         Args:
             flight: Its client.
             others: Clients at work, whose jobs may run with it.
             room: How many results, this one included, can still be used; None for any number.
         """
-        if flight.cid not in self.results:
-            results = self.results
-            waiting = [f for f in others if not f.is_doomed and f.job.cid not in results]
-            if room is not None and len(waiting) >= room:
-                waiting.sort(key=lambda f: (f.expected_s, f.number))
-                waiting = waiting[: max(room - 1, 0)]
-            jobs = [flight.job, *(f.job for f in waiting)]
-            jobs.sort(key=_client)
-            self._run(jobs)
-        return self.results.pop(flight.cid)
+        results = self.results
+        waiting = [f for f in others if not f.is_doomed and f.job.cid not in results]
+        if room is not None and len(waiting) >= room:
+            waiting.sort(key=lambda f: (f.expected_s, f.number))
+            waiting = waiting[: max(room - 1, 0)]
+        jobs = [flight.job, *(f.job for f in waiting)]
+        jobs.sort(key=_client)
+        self._run(jobs)
 
     def drop(self, flight: Flight) -> None:
         """Forget a job that is lost."""

@@ -24,8 +24,8 @@ from fedllm.federation import (
 )
 from fedllm.federation.fidelity import aggregation_error
 from fedllm.federation.staleness import fresh_parts, is_mean
-from fedllm.simulation import snapshot
-from fedllm.simulation.events import NOBODY, Event, EventKind, EventQueue
+from fedllm.simulation import events, snapshot
+from fedllm.simulation.events import NOBODY, Entry, EventKind, EventQueue
 from fedllm.simulation.fleet import AtWindowClose, Fleet
 from fedllm.simulation.flights import Flight
 from fedllm.simulation.lazy import Computation
@@ -39,7 +39,7 @@ from fedllm.system import World
 
 MOST_LOSSES = 1000
 """So many jobs lost one after another, with no update between, end a run."""
-_LOST_BY = {EventKind.DROPOUT: "dropout", EventKind.WINDOW_CLOSE: "window"}
+_LOST_BY = {events.DROPOUT: "dropout", events.WINDOW_CLOSE: "window"}
 
 
 @dataclass
@@ -105,7 +105,6 @@ class Loop:
         before, with an empty round that says why.
         """
         self._rounds = rounds
-        pending, limit_s = self.queue.pending, self.time_limit_s
         while self.server.version < rounds and not self.ended:
             ready = self.schedule.ready
             if ready is not None:
@@ -113,13 +112,7 @@ class Loop:
                 continue
             self.is_stirred = False
             self._fill()
-            self.ended = self._end()
-            while pending and not (self.is_stirred or self.ended):
-                if pending[0].time_s > limit_s:
-                    self.queue.now_s = limit_s
-                    self.ended = f"the time limit of {limit_s:g} s is reached"
-                else:
-                    self._handle(self.queue.pop())
+            self.ended = self._end() or self._advance()
             if self.ended:
                 yield self._aggregate(None, is_last=True)
 
@@ -129,6 +122,16 @@ class Loop:
             return "no client that could be chosen will ever be available again"
         if self.losses >= MOST_LOSSES:
             return f"{self.losses} jobs in a row were lost and nothing arrived"
+        return ""
+
+    def _advance(self) -> str:
+        """Let things happen until the server may act; say why the run ends, if it does."""
+        pending, pop, limit_s = self.queue.pending, self.queue.pop, self.time_limit_s
+        while pending and not self.is_stirred:
+            if pending[0][0] > limit_s:
+                self.queue.now_s = limit_s
+                return f"the time limit of {limit_s:g} s is reached"
+            self._handle(pop())
         return ""
 
     def state(self) -> dict[str, object]:
@@ -148,7 +151,7 @@ class Loop:
         for order in self.schedule.orders(len(self.fleet)):
             chosen = self.recruiter.recruit(order, self.queue.now_s)
             if chosen and not self.schedule.is_stream:
-                self._begin(order.group, [one.cid for one in chosen])
+                self._begin(order.group, [cid for cid, _, _ in chosen])
             self.fleet.call(chosen, order.group)
 
     def _begin(self, group: int, asked: Sequence[ClientId] = ()) -> None:
@@ -158,77 +161,81 @@ class Loop:
             self.fleet.dispatched += 1
             number, due_s = self.fleet.dispatched, self.queue.now_s + self.schedule.deadline_s
             self.deadlines[group] = number, due_s
-            self.queue.push(due_s, EventKind.DEADLINE, NOBODY, number)
+            self.queue.push(due_s, events.DEADLINE, NOBODY, number)
 
     # what happens
 
-    def _handle(self, event: Event) -> None:
-        kind, cid = event.kind, event.cid
+    def _handle(self, event: Entry) -> None:
+        time_s, kind, _, cid, number = event
         flight = self.fleet.flights.get(cid)
-        if flight is None or flight.number != event.job:
-            if kind is EventKind.DEADLINE:
-                self._deadline(event)
-            elif self.fleet.is_awaited(event):
-                self.computation.begin(self.fleet.take_off(event, self._latest_s(cid)))
-        elif kind is EventKind.TRAINING_DONE:
-            self.fleet.begin_upload(event, flight)
-        elif kind is EventKind.UPLOAD_DONE:
-            self._arrive(event, flight)
-        elif kind is EventKind.WINDOW_OPEN:
-            self.fleet.resume(event, flight)
-        elif not self.fleet.pauses(event, flight):
-            self._lose(flight, _LOST_BY[kind], event)
+        if flight is not None and flight.number == number:
+            if kind is events.TRAINING_DONE:
+                self.fleet.begin_upload(flight)
+            elif kind is events.UPLOAD_DONE:
+                self._arrive(flight, time_s)
+            elif kind is events.WINDOW_OPEN:
+                self.fleet.resume(flight)
+            elif not self.fleet.pauses(kind, flight):
+                self._lose(flight, _LOST_BY[kind], kind)
+        elif kind is events.WINDOW_OPEN:
+            awaited = self.fleet.awaited.get(cid)
+            if awaited is not None and awaited.number == number:
+                flight = self.fleet.take_off(cid, self._latest_s(awaited.group))
+                self.computation.begin(flight)
+        elif kind is events.DEADLINE:
+            self._deadline(number)
 
-    def _deadline(self, event: Event) -> None:
+    def _deadline(self, due: int) -> None:
         """Let a group wait no longer."""
         for group, (number, _) in self.deadlines.items():
-            if number == event.job:
-                self.diary.note(event.time_s, event.kind.name, self.server.version)
+            if number == due:
+                self.diary.note(self.queue.now_s, "DEADLINE", self.server.version)
                 self.schedule.groups[group].is_due = self.is_stirred = True
 
-    def _latest_s(self, cid: ClientId) -> float:
+    def _latest_s(self, group: int) -> float:
         """Return when the update of a client that has come would be of no use any more."""
-        if not self.deadlines or self.schedule.is_stream:
-            return math.inf
-        return self.deadlines[self.fleet.awaited[cid].group][1]
+        is_limited = self.deadlines and not self.schedule.is_stream
+        return self.deadlines[group][1] if is_limited else math.inf
 
-    def _arrive(self, event: Event, flight: Flight) -> None:
+    def _arrive(self, flight: Flight, now_s: float) -> None:
         """Take in an update that has arrived, if it can be used."""
-        self.is_stirred = True
-        self.fleet.land(event)
-        row = flight.row(event.time_s, self.world, is_done=True)
-        lateness = row["staleness"] = self.server.version - flight.job.version
-        latest = self.schedule.max_staleness
-        if latest is not None and lateness > latest:
+        job, version, results = flight.job, self.server.version, self.computation.results
+        cid = job.cid
+        self.fleet.land(flight)
+        row = flight.row(now_s, self.world, is_done=True)
+        lateness = row["staleness"] = version - job.payload.version
+        if lateness and self.schedule.is_stale(lateness):
             self.computation.drop(flight)
             self._miss(flight, row, "stale")
             return
-        room = self.schedule.room(flight.group, self._rounds - self.server.version)
-        result = self.computation.take(flight, self.fleet.flights.values(), room)
-        update, row["up_bytes"], reason = self.reception.receive(result, flight.job, self.client)
+        if cid not in results:
+            room = self.schedule.room(flight.group, self._rounds - version)
+            self.computation.compute_with(flight, self.fleet.flights.values(), room)
+        update, row["up_bytes"], reason = self.reception.receive(results.pop(cid), job, self.client)
         if reason:
             # what the client keeps stays as it was: what it trained is not to be trusted
-            self.diary.reject(flight.cid, reason)
+            self.diary.reject(cid, reason)
             self._miss(flight, row, "rejected")
             return
         self.losses = 0
-        self.store.put(flight.cid, update.state)
-        self.answered[flight.cid] = flight.job
-        self.schedule.receive(flight.group, update)
-        self.diary.end(row, self.server.version, "arrived")
+        self.store.put(cid, update.state)
+        self.answered[cid] = job
+        self.is_stirred = self.schedule.receive(flight.group, update)
+        self.diary.end(row, version, "arrived")
 
     def _miss(self, flight: Flight, row: dict[str, Any], outcome: str) -> None:
         """Write down an update that has arrived for nothing."""
+        self.is_stirred = True
         self.losses += 1
         self.schedule.miss(flight.group)
         self.diary.end(row, self.server.version, outcome)
 
-    def _lose(self, flight: Flight, outcome: str, event: Event | None = None) -> None:
+    def _lose(self, flight: Flight, outcome: str, kind: EventKind | None = None) -> None:
         """Give up a job."""
         self.is_stirred = True
         self.losses += 1
         self.computation.drop(flight)
-        self.fleet.lose(flight, outcome, event)
+        self.fleet.lose(flight, outcome, kind)
         self.schedule.miss(flight.group)
 
     def _dismiss(self, outcome: str, group: int | None = None) -> None:
@@ -253,7 +260,8 @@ class Loop:
             self._dismiss("deadline" if own.is_due else "surplus", group)
         if is_last:
             self._dismiss("unfinished")
-        begin, has_ideal = time.perf_counter(), is_mean(self.server, sent)
+        has_ideal = self.server.has_mean and is_mean(self.server, sent)
+        begin = time.perf_counter()
         self.server.apply(self._parts(own, sent))
         middle = time.perf_counter()
         agg_error = aggregation_error(self.server, sent, self.answered) if has_ideal else None

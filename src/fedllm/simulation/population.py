@@ -30,14 +30,20 @@ class Population:
 
     def work(self, job: Job, client: BaseClient, plan: Plan, rank: int) -> Work:
         """Return the training of a job, as the cost model sees it."""
-        rows, steps = int(self.sizes[job.cid]), job.steps
+        rows, per_step = int(self.sizes[job.cid]), plan.rows_per_step
         mean = 1.0 if self.tokens is None else self.tokens[job.cid] / rows
-        passes = client.num_passes(job, plan.rows_per_step)
-        covered = _rows_in(steps, rows, plan.rows_per_step)
-        return Work(steps, passes, mean * covered / max(steps, 1), rank)
+        return _work(job.steps, client.num_passes(job, per_step), mean, rows, per_step, rank)
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(4096)
+def _work(
+    steps: int, passes: float, mean_tokens: float, rows: int, rows_per_step: int, rank: int
+) -> Work:
+    """Return the work of clients that have equally many rows of the same mean length."""
+    covered = _rows_in(steps, rows, rows_per_step)
+    return Work(steps, passes, mean_tokens * covered / max(steps, 1), rank)
+
+
 def _rows_in(steps: int, rows: int, rows_per_step: int) -> int:
     """Return the rows that so many steps go over; the last of each epoch may have fewer.
 

@@ -82,10 +82,11 @@ class Diary:
 
     def closed(self, **made: Any) -> Round:
         """Return what has happened as a round, and begin anew."""
-        by_client, by_job = itemgetter("client"), itemgetter("client", "job")
+        by_client = itemgetter("client")
+        self.ledger.sort(key=itemgetter("job"))  # by job within a client: sorting is stable
         done = Round(
             rejected=sorted(self.rejected, key=by_client),
-            ledger=sorted(self.ledger, key=by_job),
+            ledger=sorted(self.ledger, key=by_client),
             events=self.events,
             **made,
         )

@@ -8,12 +8,15 @@ open, into which the clients at work are counted anew after each aggregation.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from fedllm.federation import BaseServer, ClientId, Part, Update
+
+_client = operator.attrgetter("cid")
 
 
 class Order(NamedTuple):
@@ -71,6 +74,10 @@ class Schedule(ABC):
         """How many versions late an update may be."""
         return None
 
+    def is_stale(self, lateness: int) -> bool:
+        """Tell whether an update that is so many versions late is of no use."""
+        return self.max_staleness is not None and lateness > self.max_staleness
+
     @abstractmethod
     def orders(self, busy: int) -> list[Order]:
         """Return how many clients each group wants now, `busy` being at work or waited for."""
@@ -108,9 +115,10 @@ class Schedule(ABC):
         """Open a group."""
         self.groups[group] = Group(list(asked))
 
-    def receive(self, group: int, update: Update) -> None:
-        """Take an update that has arrived."""
+    def receive(self, group: int, update: Update) -> bool:
+        """Take an update that has arrived, and tell whether there may be something to do now."""
         self.groups[group].arrived.append(update)
+        return True
 
     def miss(self, group: int) -> None:
         """Stop waiting for one client."""
@@ -118,7 +126,7 @@ class Schedule(ABC):
 
     def parts(self, group: int, server: BaseServer) -> list[Part]:
         """Return the updates with their weights, in an order that no arrival time changes."""
-        updates = sorted(self.groups[group].arrived, key=lambda update: update.cid)
+        updates = sorted(self.groups[group].arrived, key=_client)
         weights = self.weights(group, server, updates) if updates else []
         return [Part(weight, update) for weight, update in zip(weights, updates, strict=True)]
 
@@ -156,6 +164,11 @@ class Sync(Schedule):
         """Return what is left of the cohort."""
         own = self.groups[group]
         return own.wanted - len(own.arrived)
+
+    def receive(self, group: int, update: Update) -> bool:
+        """Take an update; until the round is complete there is nothing to do but to wait."""
+        self.groups[group].arrived.append(update)
+        return self.is_ready(group)
 
     def is_ready(self, group: int) -> bool:
         """Tell whether enough have arrived, or no more will."""

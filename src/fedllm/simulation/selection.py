@@ -7,9 +7,10 @@ costs what its size is, whatever the population.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -23,12 +24,9 @@ _FEWEST = 16
 """Clients in a second or later draw."""
 
 
-class Chosen(NamedTuple):
-    """A client that is sent for, and the window that it comes in."""
-
-    cid: ClientId
-    open_s: float
-    close_s: float
+Chosen = tuple[ClientId, float, float]
+"""A client that is sent for, and when the window that it comes in opens and closes."""
+_opening = operator.itemgetter(1)
 
 
 @dataclass
@@ -84,7 +82,7 @@ class Selection:
         if not is_repeated:
             return [*there, *absent]
         # whoever comes next; among equals, whoever was drawn first
-        absent.sort(key=lambda chosen: chosen.open_s)
+        absent.sort(key=_opening)
         return [*there, *absent][:count]
 
     def walk(self, walked: int, now_s: float, is_reshuffled: bool) -> tuple[int, list[Chosen]]:
@@ -120,4 +118,4 @@ class Selection:
             found = window(cid, now_s)
             if found is not None:
                 open_s, close_s = found
-                (there if open_s <= latest_s else absent).append(Chosen(cid, open_s, close_s))
+                (there if open_s <= latest_s else absent).append((cid, open_s, close_s))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +43,10 @@ class WindowTrace:
 
     def __post_init__(self) -> None:
         """Make views that plain Python reads fast."""
-        arrays: tuple[Any, ...] = (
-            *(self.opens, self.closes, self.offsets),
-            *(self.starts, self.periods),
-        )
-        views = tuple(np.ascontiguousarray(array).data for array in arrays)
-        object.__setattr__(self, "_views", views)
+        arrays: tuple[Any, ...] = (self.opens, self.closes, self.offsets)
+        views = [np.ascontiguousarray(array).data for array in arrays]
+        views += [_shared(array).data for array in (self.starts, self.periods)]
+        object.__setattr__(self, "_views", tuple(views))
 
     @property
     def num_clients(self) -> int:
@@ -71,11 +69,17 @@ class WindowTrace:
             return None
         period = periods[index]
         if period == math.inf:
-            place = bisect.bisect_right(closes, time_s, low, high)
+            place = bisect_right(closes, time_s, low, high)
             return None if place == high else (float(opens[place]), float(closes[place]))
         start = starts[index]
-        turn, within = divmod(time_s - start, period)
-        place = bisect.bisect_right(closes, start + within, low, high)
+        since = time_s - start
+        turn = since // period
+        place = bisect_right(closes, start + since % period, low, high)
+        if low < place < high - 1:  # neither the first nor the last: the most, and no seam is near
+            shift = turn * period
+            close_s = closes[place] + shift
+            if close_s > time_s:
+                return opens[place] + shift, close_s
         if place == high:
             turn, place = turn + 1.0, low
         while closes[place] + turn * period <= time_s:  # rounding, at the very end of a window
@@ -221,6 +225,12 @@ def first_wrong(opens: np.ndarray, closes: np.ndarray, offsets: np.ndarray) -> i
     is_early[offsets[(offsets > 0) & (offsets < len(opens))] - 1] = False  # of another client
     is_wrong[1:] |= is_early
     return int(is_wrong.argmax()) if is_wrong.any() else None
+
+
+def _shared(values: np.ndarray) -> np.ndarray:
+    """Return equal values as one that stands for all: it stays in the processor's cache."""
+    first = values[:1]
+    return np.broadcast_to(first, values.shape) if (values == first).all() else values
 
 
 def compact(seconds: np.ndarray) -> np.ndarray:
