@@ -183,7 +183,5 @@ def _places(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError):
         good = False
     if not good or not places:
-        raise ModelError(
-            f"Cannot read {index}: it is no index of weights. Fetch the model again."
-        )
+        raise ModelError(f"Cannot read {index}: it is no index of weights. Fetch the model again.")
     return dict(places)

@@ -115,14 +115,22 @@ def _freeze(model: PreTrainedModel, config: ModelConfig, device: torch.device) -
             nn.Module.to(model, device)
 
 
-def base_hash(model: PreTrainedModel, kind: Kind = "causal-lm") -> str:
+def base_hash(
+    model: PreTrainedModel, kind: Kind = "causal-lm", dtype: torch.dtype | None = None
+) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes of the base weights.
 
     A classification head does not count, tied weights count once. Layers must not be wrapped
     yet, since wrapping renames them; `LoadedModel.base_hash` may be asked for at any time. Reads
     every weight once: about a second per gigabyte.
+
+    Args:
+        model: Not modified.
+        kind: Says which parameters are a head.
+        dtype: Asks for the fingerprint of the same weights rounded to this format.
     """
-    return _digest(_base(model, kind))
+    own = _base(model, kind)
+    return _digest(own if dtype is None else ((name, t.to(dtype)) for name, t in own))
 
 
 def _quantization(
