@@ -18,46 +18,57 @@ if TYPE_CHECKING:
     from fedllm.experiment.export import Exported, Form
     from fedllm.results.export_verify import Verified
 
-Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
+
+What = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run, a PEFT adapter, or a model's folder.")
+]
+To = Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that is not there.")]
+Merged = Annotated[
+    bool, typer.Option("--merged", help="Whole weights; the same as --format merged.")
+]
+Format = Annotated[
+    Optional[Literal["peft", "merged", "gguf"]],  # noqa: UP045  # typer reads this at run time
+    typer.Option("--format", help="An adapter (default), whole weights, or a GGUF file."),
+]
+Dtype = Annotated[
+    Optional[Literal["float32", "bfloat16", "float16", "q8_0"]],  # noqa: UP045
+    typer.Option("--dtype", help="Of whole weights; default: as in training. q8_0 for GGUF."),
+]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Of one file of weights.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare logits with those of base and adapter.")
+]
+Client = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(metavar="CID", help="This client's own view; default the global one."),
+]
+Base = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--base", metavar="MODEL", help="Of an adapter, if not the one it names."),
+]
+Push = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--push", metavar="REPO_ID", help="Upload the folder to the hub, too."),
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="With --push: a new repository is private.")
+]
 
 
 def export(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run, a PEFT adapter, or a model's folder.")
-    ],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that is not there.")],
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Whole weights; the same as --format merged.")
-    ] = False,
-    form: Annotated[
-        Optional[Literal["peft", "merged", "gguf"]],  # noqa: UP045  # typer reads this at run time
-        typer.Option("--format", help="An adapter (default), whole weights, or a GGUF file."),
-    ] = None,
-    dtype: Annotated[
-        Optional[Dtype],  # noqa: UP045
-        typer.Option("--dtype", help="Of whole weights; default: as in training. q8_0 for GGUF."),
-    ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Of one file of weights.")
-    ] = "5GB",
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare logits with those of base and adapter.")
-    ] = False,
-    client: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="CID", help="This client's own view; default the global one."),
-    ] = None,
-    base: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--base", metavar="MODEL", help="Of an adapter, if not the one it names."),
-    ] = None,
-    push: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--push", metavar="REPO_ID", help="Upload the folder to the hub, too."),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push: a new repository is private.")
-    ] = False,
+    path: What,
+    to: To,
+    merged: Merged = False,
+    form: Format = None,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    verify: Verify = False,
+    client: Client = None,
+    base: Base = None,
+    push: Push = None,
+    private: Private = False,
 ) -> None:
     """Write a trained model: as a PEFT adapter, merged into its weights, or as GGUF."""
     console = Console()
@@ -122,8 +133,8 @@ def _print_verified(console: Console, verified: Verified) -> None:
     changed = f"; all {verified.modules} targeted layers changed" if verified.modules else ""
     print_line(
         console,
-        f"verified on {verified.prompts} prompts: logits differ by {verified.difference:.3g} at most"
-        f" ({verified.share:.2g} of the largest){trained}{changed}",
+        f"verified on {verified.prompts} prompts: logits differ by {verified.difference:.3g} at"
+        f" most ({verified.share:.2g} of the largest){trained}{changed}",
     )
 
 

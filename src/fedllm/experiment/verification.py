@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def verify(source: Source, folder: Path, form: str, dtype: str) -> Verified:
     """Compare base and adapter with the export, in fp32 on the CPU.
 
-    A folder with merged weights is loaded again. GGUF was read back tensor by tensor when it was
-    written, so that the merged model stands for it here; an adapter is merged in memory.
+    Merged weights and GGUF are read again from their files; an adapter is merged in memory.
 
     Args:
         source: What was exported.
@@ -50,16 +49,11 @@ def verify(source: Source, folder: Path, form: str, dtype: str) -> Verified:
         plain = logits_of(base, source.prompts) if adapter is not None else None
         whole = base if adapter is None else with_adapter(base, adapter)
         adapted = logits_of(whole, source.prompts)
-        exported = _exported(source, folder, form, dtype)
+        exported = _exported(source, folder, form)
         rounded = torch.float32 if dtype == "q8_0" else getattr(torch, dtype)
         check_changed(before, lambda name: _weight(exported, name), rounded)
-        return compare(
-            adapted,
-            logits_of(exported, source.prompts),
-            plain,
-            dtype=dtype,
-            modules=len(layers),
-        )
+        found = logits_of(exported, source.prompts)
+        return compare(adapted, found, plain, dtype=dtype, modules=len(layers))
 
 
 def _weight(model: Any, layer: str) -> Tensor:
@@ -67,13 +61,17 @@ def _weight(model: Any, layer: str) -> Tensor:
     return weight
 
 
-def _exported(source: Source, folder: Path, form: str, dtype: str) -> Any:
+def _exported(source: Source, folder: Path, form: str) -> Any:
     from fedllm.models import load_model
     from fedllm.results.export_merge import merge_adapter
 
     if form == "peft":
         return merge_adapter(source.trained.base(dtype="float32", device="cpu").model, folder)
     if form == "gguf":
-        return source.merged("float32" if dtype == "q8_0" else dtype).float()
+        from fedllm.results.export_gguf import GGUF_FILE, load_gguf
+
+        model = source.merged("float32")
+        load_gguf(model, folder / GGUF_FILE)
+        return model
     config = ModelConfig(path=str(folder), dtype="float32", device="cpu")
     return load_model(config, kind=source.trained.kind).model

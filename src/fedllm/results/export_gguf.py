@@ -130,36 +130,60 @@ def verify_gguf(model: Any, file: Path, kind: GgufType) -> float:
     return largest
 
 
+def load_gguf(model: Any, file: Path) -> None:
+    """Put the weights of a GGUF file into a transformers model of the same architecture.
+
+    Args:
+        model: Its weights are overwritten.
+        file: Written by `write_gguf`.
+    """
+    import gguf
+    import torch
+
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for own, name, tensor in _named(model):
+        back = gguf.dequantize(found[name].data, found[name].tensor_type)
+        values = _laid_out(own, back, model.config, is_back=True)
+        tensor.copy_(torch.from_numpy(values).to(tensor.dtype))
+
+
 def converted(model: Any) -> Iterator[tuple[str, Floats]]:
     """Yield GGUF's name and values (as llama.cpp lays them out) of every tensor of a model."""
+    if _rope(model.config)["rope_type"] == "llama3":
+        yield "rope_freqs.weight", _llama3_factors(model.config)
+    for own, name, tensor in _named(model):
+        values: Floats = tensor.detach().float().cpu().numpy()
+        yield name, _laid_out(own, values, model.config)
+
+
+def _named(model: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield our name, GGUF's name and the tensor; an output tied to the embedding is left out."""
     import gguf
 
     config = model.config
-    arch = next(
-        a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == ARCHITECTURES[config.model_type]
-    )
+    wanted = ARCHITECTURES[config.model_type]
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    if _rope(config)["rope_type"] == "llama3":
-        yield "rope_freqs.weight", _llama3_factors(config)
     for own, tensor in model.state_dict().items():
         if own == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp takes the embedding
         name = names.get_name(own, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(f"GGUF has no name for the tensor '{own}'. {_OTHER_WAY}")
-        yield name, _laid_out(own, tensor, config)
+        yield own, name, tensor
 
 
-def _laid_out(own: str, tensor: Tensor, config: Any) -> Floats:
-    values: Floats = tensor.detach().float().cpu().numpy()
+def _laid_out(own: str, values: Floats, config: Any, *, is_back: bool = False) -> Floats:
+    """Permute the rows of Llama's query and key weights as llama.cpp wants them, or back."""
     heads = {
         "q_proj.weight": config.num_attention_heads,
         "k_proj.weight": config.num_key_value_heads,
     }
     for ending, count in heads.items():
         if config.model_type == "llama" and own.endswith(ending):
-            rows = values.shape[0] // count // 2
-            parts = values.reshape(count, 2, rows, *values.shape[1:])
+            half = values.shape[0] // count // 2
+            sizes = (count, half, 2) if is_back else (count, 2, half)
+            parts = values.reshape(*sizes, *values.shape[1:])
             values = parts.swapaxes(1, 2).reshape(values.shape)
     return np.ascontiguousarray(values)
 

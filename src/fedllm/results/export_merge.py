@@ -37,7 +37,8 @@ def with_adapter(model: Any, folder: Path) -> Any:
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             told = " ".join(str(error).split())
             raise ModelError(
-                f"PEFT cannot put {folder} onto {type(model).__name__}: {told}. Give the base model that the adapter was trained on"
+                f"PEFT cannot put {folder} onto {type(model).__name__}: {told}. Give the"
+                " base model that the adapter was trained on"
             ) from error
     _check_complete(wrapped, folder)
     return wrapped
