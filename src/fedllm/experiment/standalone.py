@@ -67,7 +67,8 @@ def evaluate_alone(
     say("evaluating")
     views = _Fixed(start)
     found = evaluator.evaluate(views, MemoryStore(), ("global",), sample=False, progress=progress)
-    return Evaluated(None, len(dataset.test), evaluator.names, found)
+    record = {name: part for name, part in found.record.items() if name != "clients"}
+    return Evaluated(None, len(dataset.test), evaluator.names, replace(found, record=record))
 
 
 @dataclass(frozen=True)
