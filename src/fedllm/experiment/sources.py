@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,9 @@ def source_of(
     if client is not None:
         raise FedLLMError(f"--client is for federated runs, and {path} is none; leave it out")
     say("loading the model")
+    if artifact.kind != "central" and artifact.model.dtype == "auto":
+        stored = {"dtype": _stored_dtype(artifact)}
+        artifact = replace(artifact, model=artifact.model.model_copy(update=stored))
     trained = Trained(artifact, artifact.adapter)
     loaded = trained.base(device="cpu")
     trained.check_base(loaded)
@@ -133,6 +137,15 @@ def _prompts(parts: Parts) -> list[list[int]]:
         length = int(tokens.prompt_lengths[row]) or len(ids)
         found.append(ids[: min(length, _MAX_PROMPT)].tolist())
     return found
+
+
+def _stored_dtype(artifact: Artifact) -> str:
+    """Return how most of the base's tensors are stored: an export keeps that."""
+    from fedllm.models.sources import locate, stored_weights
+
+    kinds = Counter(tensor.dtype for tensor in stored_weights(locate(artifact.model)).values())
+    names = {"BF16": "bfloat16", "F16": "float16"}
+    return names.get(kinds.most_common(1)[0][0] if kinds else "F32", "float32")
 
 
 def _built_in(tokenizer: Any) -> list[list[int]]:

@@ -77,15 +77,19 @@ class Trained:
         Raises:
             ModelError: If its hash differs from the recorded one.
         """
-        from fedllm.models import load_model
+        from fedllm.models import base_hash, load_model
         from fedllm.results.export_verify import check_base
 
-        config = self.artifact.model
-        if self.recorded_hash is not None and config.quantization != "none":
+        config, recorded = self.artifact.model, self.recorded_hash
+        if recorded is None or base_hash(loaded.model, loaded.kind) == recorded:
+            return
+        if config.quantization != "none":
             # the hash is that of the packed weights, so they are packed again
-            packed = load_model(config, kind=self.kind, num_labels=self._num_labels())
-            loaded = replace(loaded, model=packed.model)
-        check_base(loaded.model, loaded.kind, self.recorded_hash, loaded.source)
+            model = load_model(config, kind=self.kind, num_labels=self._num_labels()).model
+        else:
+            # from fp32 every format that the training may have held can be had exactly
+            model = self.base(dtype="float32", device="cpu").model
+        check_base(model, loaded.kind, recorded, loaded.source)
 
     def tokenizer(self, loaded: LoadedModel) -> Any:
         """Return the tokenizer that lies beside the adapter, else the base's."""

@@ -144,7 +144,7 @@ def load_gguf(model: Any, file: Path) -> None:
     for own, name, tensor in _named(model):
         back = gguf.dequantize(found[name].data, found[name].tensor_type)
         values = _laid_out(own, back, model.config, is_back=True)
-        tensor.copy_(torch.from_numpy(values).to(tensor.dtype))
+        tensor.copy_(torch.tensor(values))
 
 
 def converted(model: Any) -> Iterator[tuple[str, Floats]]:
