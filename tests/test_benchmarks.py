@@ -181,7 +181,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
 def test_a_task_of_our_own_runs_in_lm_eval(tmp_path: Path, tiny_model: TinyModel) -> None:
-    rows = [{"q": f"{n} + 1 =", "c": [" 2", " 3", " 4"], "a": n % 3} for n in range(4)]
+    rows = [{"q": f"{n} + 1 =", "c": ["2", "3", "4"], "a": n % 3} for n in range(4)]
     (tmp_path / "tasks").mkdir()
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = TASK.format(rows=tmp_path / "rows.jsonl")
@@ -197,15 +197,26 @@ def test_a_task_of_our_own_runs_in_lm_eval(tmp_path: Path, tiny_model: TinyModel
         scores = []
         for choice in row["c"]:  # type: ignore[attr-defined]
             asked = loaded.tokenizer(row["q"])["input_ids"]
-            ids = torch.tensor([loaded.tokenizer(f"{row['q']}{choice}")["input_ids"]])
+            ids = torch.tensor([loaded.tokenizer(f"{row['q']} {choice}")["input_ids"]])
             with torch.no_grad():
                 logs = loaded.model(input_ids=ids).logits.float().log_softmax(-1)[0, :-1]
             scores.append(float(logs.gather(1, ids[0, 1:, None])[len(asked) - 1 :].sum()))
         right += scores.index(max(scores)) == row["a"]
     assert found == right / 4
-    assert "Did you mean 'tiny_sums'?" in fails(
-        "eval", "builtin:tiny", "--lm-eval", "tiny_sum", *words[2:]
-    )
+
+
+def test_a_misspelt_task_is_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Tasks:
+        """Knows two tasks, as lm-eval's own reader would after half a minute."""
+
+        def __init__(self, include_path: str | None, include_defaults: bool = True) -> None:
+            self.all_tasks = ["arc_easy", "hellaswag"] if include_defaults else []
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Tasks)
+    text = fails("eval", "builtin:tiny", "--lm-eval", "helaswag")
+    assert "Unknown lm-eval task 'helaswag'. Did you mean 'hellaswag'?" in text
 
 
 def test_without_lm_eval_the_install_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ def test_bleu_is_sacrebleus_over_the_whole_corpus() -> None:
     assert measure("bleu", evidence) == pytest.approx(expected)
     assert measure("bleu", evidence, [0]) == pytest.approx(100.0)
     # words in another order are worth little, whatever letters they have
-    assert measure("bleu", evidence, [1]) < 20
+    assert measure("bleu", evidence, [1]) < 30
     assert math.isnan(measure("bleu", evidence, []))
 
 

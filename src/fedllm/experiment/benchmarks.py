@@ -62,7 +62,10 @@ def check_harness(tasks: Sequence[str], include: Path | None) -> Any:
         raise FedLLMError(f"--include-path {include}: there is no such folder")
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include is None else str(include))
+    place = None if include is None else str(include)
+    manager = TaskManager(include_path=place, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):  # reading lm-eval's own takes it a while
+        manager = TaskManager(include_path=place)
     for task in tasks:
         if task not in manager.all_tasks:
             text = unknown("lm-eval task", task, manager.all_tasks)
@@ -110,8 +113,14 @@ def _carried_out(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    model = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=8,
+        softmax_dtype="float32",  # in bfloat16 near choices would be as good as each other
+    )
     found = simple_evaluate(
-        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8),
+        model=model,
         tasks=list(tasks),
         num_fewshot=shots,
         task_manager=manager,
