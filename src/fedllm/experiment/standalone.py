@@ -57,7 +57,6 @@ def evaluate_alone(
     say("loading the model")
     loaded = trained.whole() if trained.kind == "causal-lm" else None
     tokenizer: Any = _tokenizer(trained) if loaded is None else loaded.tokenizer
-    say("reading the data")
     seed, template = trained.artifact.config.get("seed", 0), trained.artifact.model.chat_template
     dataset = load_dataset(config, tokenizer, kind=trained.kind, seed=seed, template=template)
     if loaded is None:
