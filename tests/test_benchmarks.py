@@ -248,6 +248,7 @@ def test_words_that_mean_nothing_are_refused(words: tuple[str, ...], told: str) 
     assert told in fails("eval", "builtin:tiny", *words)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_worth_on_rows_what_its_run_is(tiny_model: TinyModel, tmp_path: Path) -> None:
     rows = write_questions(tmp_path / "rows.jsonl", 8)
     words = (f"data.test_path={rows}", "evaluation.metrics=[loss,exact_match,bleu]")
@@ -269,6 +270,7 @@ def test_an_adapter_is_worth_on_rows_what_its_run_is(tiny_model: TinyModel, tmp_
     assert set(saved["eval"]["global"]) == {"loss", "rouge_1", "bleu"}
 
 
+@pytest.mark.slow
 def test_classes_are_reported_one_by_one(tiny_model: TinyModel, tmp_path: Path) -> None:
     rows = write_labels(tmp_path / "labels.jsonl")
     words = ("evaluation.metrics=[accuracy]", "model.kind=sequence-classification")
