@@ -100,7 +100,9 @@ def find_artifact(path: str | Path, base: str | None = None) -> Artifact:
         own = base or named.get("base_model_name_or_path") or named.get("base_model")
         if not own:
             raise ModelError(f"{folder} does not name its base model; give it with --base MODEL")
-        return Artifact(folder, "adapter", ModelConfig(path=str(own)), folder)
+        held = origin_of(folder).get("base_quantization", "none")
+        model = ModelConfig.model_validate({"path": str(own), "quantization": held})
+        return Artifact(folder, "adapter", model, folder)
     if base is not None:
         raise ModelError(f"--base is for adapters, and '{path}' holds no adapter; leave it out")
     if folder.is_dir() and not (folder / "config.json").is_file():
