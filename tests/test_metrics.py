@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
+from tiny_tokenizers import tiny_tokenizer
 
-from fedllm.evaluation import METRICS, Evidence
+from fedllm.config import DataConfig
+from fedllm.data import load_dataset
+from fedllm.errors import MissingExtraError
+from fedllm.evaluation import METRICS, Evidence, classification_report
 from fedllm.evaluation.metrics import final_number, normalise
+from fedllm.experiment import make_config
 from fedllm.federation import Scores
 
 
@@ -184,3 +193,69 @@ def test_answers_are_averaged_over_the_asked_rows_alone() -> None:
     assert measure("exact_match", evidence, [1]) == 0
     assert measure("exact_match", evidence, [0, 2]) == 1
     assert math.isnan(measure("exact_match", evidence, []))
+
+
+# bleu, rouge, classes
+
+
+def test_bleu_is_sacrebleus_over_the_whole_corpus() -> None:
+    pairs = [
+        ("The car accelerated rapidly on the road.", "The car accelerated rapidly on the road."),
+        ("rapidly The accelerated car on a way.", "The car accelerated rapidly down a way."),
+        ("nothing alike", "something else entirely"),
+    ]
+    evidence = answered(pairs)
+    expected = sacrebleu.corpus_bleu([a for a, _ in pairs], [[r for _, r in pairs]]).score
+    assert measure("bleu", evidence) == pytest.approx(expected)
+    assert measure("bleu", evidence, [0]) == pytest.approx(100.0)
+    # words in another order are worth little, whatever letters they have
+    assert measure("bleu", evidence, [1]) < 30
+    assert math.isnan(measure("bleu", evidence, []))
+
+
+def test_rouge_counts_words_pairs_and_sequences() -> None:
+    evidence = answered([("a b c d", "a b d c")])
+    assert measure("rouge_1", evidence) == pytest.approx(1.0)
+    assert measure("rouge_2", evidence) == pytest.approx(1 / 3)
+    assert measure("rouge_l", evidence) == pytest.approx(3 / 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 2)), min_size=1, max_size=30))
+def test_a_class_report_is_counted_by_hand(pairs: list[tuple[int, int]]) -> None:
+    right, chosen = np.array(pairs).T
+    report = classification_report(right, chosen, ["a", "b", "c"])
+    assert list(report) == ["a", "b", "c"]
+    for place, figures in enumerate(report.values()):
+        hits = int(((right == place) & (chosen == place)).sum())
+        has, called = int((right == place).sum()), int((chosen == place).sum())
+        assert figures.support == has
+        assert figures.recall == pytest.approx(hits / has if has else 0)
+        assert figures.precision == pytest.approx(hits / called if called else 0)
+        assert figures.f1 == pytest.approx(2 * hits / (has + called) if hits else 0)
+
+
+def test_a_metric_without_its_library_is_refused_when_the_configuration_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"'bleu' needs 'sacrebleu'.*fedllm\[eval\]"):
+        make_config({"evaluation": {"metrics": ["loss", "bleu"]}})
+    assert make_config({"evaluation": {"metrics": ["loss", "rouge_1"]}})
+    assert make_config({})
+
+
+# prompts
+
+
+def test_what_a_model_is_asked_does_not_depend_on_the_reference(tmp_path: Path) -> None:
+    def prompts(answer: str) -> list[list[int]]:
+        rows = [{"prompt": f"What is {n} + {n}?", "completion": answer * (n + 1)} for n in range(6)]
+        file = tmp_path / f"{len(answer)}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = DataConfig(path=str(file), test_path=str(file))
+        tokens = load_dataset(config, tiny_tokenizer("llama3"), kind="causal-lm", seed=0).test
+        assert set(tokens.references) == {answer * (n + 1) for n in range(6)}
+        lengths = tokens.prompt_lengths
+        return [tokens.row(row)[0][: lengths[row]].tolist() for row in range(6)]
+
+    assert prompts("4") == prompts("a much longer answer with 100 words ")

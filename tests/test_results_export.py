@@ -17,7 +17,7 @@ from torch import Tensor
 from fedllm.adapters import Adapter, BaseDelta, Product, name_a, name_b
 from fedllm.adapters.peft_format import save_peft
 from fedllm.errors import ModelError, RunError
-from fedllm.results import export_merged, merge_into, new_folder
+from fedllm.results import merge_into, new_folder, write_model
 
 Folder = Callable[[str], Path]
 TOKENS = torch.arange(3, 27).view(2, 12)
@@ -52,6 +52,14 @@ def adapter_for(module: str, out: int, width: int) -> Adapter:
 def delta_for(module: str, out: int, width: int, rank: int) -> BaseDelta:
     product = Product(noise(out, rank, seed=3), noise(rank, width, seed=4))
     return BaseDelta().merged(1, {module: product})
+
+
+def export_merged(
+    model: Any, tokenizer: Any, adapter: Adapter, folder: Path, base: BaseDelta | None = None
+) -> None:
+    with new_folder(folder) as temporary:
+        merge_into(model, adapter, base)
+        write_model(model, tokenizer, temporary)
 
 
 def logits(model: Any) -> Tensor:

@@ -27,6 +27,14 @@ from fedllm.adapters.names import (
     name_core,
     name_values,
 )
+from fedllm.adapters.peft_check import (
+    CONFIG_FILE,
+    PREFIX,
+    TENSORS_FILE,
+    check_peft,
+    refuse_nonfinite,
+    refuse_pickled,
+)
 from fedllm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,11 +45,8 @@ else:
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 """PEFT's names for the kinds of model."""
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "fedllm.json"
 
-_PREFIX = "base_model.model."
 _SUFFIX = ".weight"
 _HEAD_ENDINGS = ("classifier", "score")
 
@@ -85,18 +90,20 @@ def load_peft(folder: Path) -> Adapter:
     """Read back what `save_peft` wrote; a base delta is then part of the factors.
 
     Raises:
-        ModelError: If the folder holds no adapter written by `save_peft`.
+        ModelError: If the folder holds no adapter written by `save_peft`, or a damaged one.
     """
     from safetensors.torch import load_file
 
     missing = [n for n in (CONFIG_FILE, TENSORS_FILE, ORIGIN_FILE) if not (folder / n).is_file()]
     if missing:
+        refuse_pickled(folder)
         raise ModelError(
             f"{folder} holds no adapter that fedllm wrote: {', '.join(missing)} is missing."
             " Give the folder that `fedllm export` made, or the adapter/ of a checkpoint."
         )
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config, _ = check_peft(folder)
     stored = load_file(folder / TENSORS_FILE)
+    refuse_nonfinite(folder / TENSORS_FILE, stored)
     adapter = Adapter({_our_name(name): tensor for name, tensor in stored.items()})
     scaling = {
         module: config["alpha_pattern"].get(module, config["lora_alpha"]) / adapter.rank_of(module)
@@ -214,11 +221,11 @@ def _tensor_bytes(adapter: Adapter) -> bytes:
 
 
 def _peft_name(name: str) -> str:
-    return _PREFIX + name + ("" if is_head(name) else _SUFFIX)
+    return PREFIX + name + ("" if is_head(name) else _SUFFIX)
 
 
 def _our_name(stored: str) -> str:
-    name = stored.removeprefix(_PREFIX)
+    name = stored.removeprefix(PREFIX)
     factor = name.removesuffix(_SUFFIX)
     return factor if is_a(factor) or is_b(factor) else name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,8 @@ from rich.console import Console
 import fedllm
 from fedllm.cli.data import data_app
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
+from fedllm.cli.evaluate import evaluate
+from fedllm.cli.export import export
 from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
 from fedllm.config import Config
@@ -30,8 +32,10 @@ app = typer.Typer(
 
 app.add_typer(trace_app, name="trace")
 app.add_typer(data_app, name="data")
+app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(compare)
+app.command()(export)
 
 Words = Annotated[
     list[str] | None,
@@ -112,42 +116,6 @@ def check(
         _plan(Console(), _load(config, words), is_loading_model=False)
 
 
-@app.command(name="eval")
-def evaluate_run(
-    path: RunPath,
-    client: Annotated[
-        int | None,
-        typer.Option(metavar="CID", help="Use this client's test rows alone."),
-    ] = None,
-    scope: Annotated[
-        Literal["global", "personal", "both"] | None,
-        typer.Option(help="The global view, each client's own, or both; default: as the run."),
-    ] = None,
-    save: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="Write metrics and predictions there."),
-    ] = None,
-) -> None:
-    """Evaluate a run's last checkpoint on all test rows."""
-    console = Console()
-    with reported():
-        from fedllm.cli.inspect import print_evaluation, save_evaluation
-        from fedllm.experiment.evaluate import evaluate
-
-        with console.status("restoring the run") as status:
-            found = evaluate(
-                path,
-                scopes=None if scope is None else _SCOPES[scope],
-                client=client,
-                say=status.update,
-                progress=lambda count: status.update(f"evaluating · {count} answers generated"),
-            )
-        print_evaluation(console, found)
-        if save is not None:
-            save_evaluation(save, path, found)
-            console.print(f"saved to {save}", soft_wrap=True, highlight=False)
-
-
 @app.command()
 def show(
     path: RunPath,
@@ -163,29 +131,6 @@ def show(
             typer.echo(json.dumps(run_as_dict(directory), indent=2))
         else:
             print_run(Console(), directory)
-
-
-@app.command()
-def export(
-    path: RunPath,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that is not there.")],
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Whole weights instead of an adapter.")
-    ] = False,
-    client: Annotated[
-        int | None,
-        typer.Option(metavar="CID", help="This client's own view; default the global one."),
-    ] = None,
-) -> None:
-    """Write a trained model as a PEFT adapter, or merged into its weights."""
-    console = Console()
-    with reported():
-        from fedllm.cli.inspect import print_export
-        from fedllm.experiment.export import export as write
-
-        with console.status("restoring the run") as status:
-            found = write(path, to, merged=merged, client=client, say=status.update)
-        print_export(console, found)
 
 
 @app.command()
@@ -236,13 +181,6 @@ def list_names(
             typer.echo(json.dumps(rows, indent=2))
         else:
             print_rows(Console(), rows)
-
-
-_SCOPES: dict[str, tuple[Literal["global", "personal"], ...]] = {
-    "global": ("global",),
-    "personal": ("personal",),
-    "both": ("global", "personal"),
-}
 
 
 def _load(path: str | None, words: list[str] | None) -> Config:

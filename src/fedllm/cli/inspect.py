@@ -1,12 +1,12 @@
-"""Prints what is there: tables of names, the figures of a run, an evaluation, an export."""
+"""Prints what is there: tables of names, the figures of a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,21 +15,8 @@ from rich.text import Text
 
 from fedllm.cli.figures import bytes_text, duration_text, sparkline, value_text
 from fedllm.cli.tables import Row
-from fedllm.results import History, MetricRow, Overview, RunDir, overview, strict_json, summary_rows
-from fedllm.results.storage import explained, write_text
+from fedllm.results import History, MetricRow, Overview, RunDir, overview, summary_rows
 
-if TYPE_CHECKING:
-    from fedllm.experiment.evaluate import Evaluated
-    from fedllm.experiment.export import Exported
-
-_VIEWS: Mapping[str, tuple[str, ...]] = {
-    "global": ("global",),
-    "mean of clients": ("clients", "mean"),
-    "worst 10 %": ("clients", "worst_10"),
-    "personal": ("personal", "overall"),
-    "personal mean": ("personal", "mean"),
-    "personal worst 10 %": ("personal", "worst_10"),
-}
 _FOR_JSON = {
     "settings",
     "optimizers",
@@ -41,7 +28,6 @@ _FOR_JSON = {
     "schedules",
 }
 _MAIN_VIEWS = ("global", "personal mean")
-_MAX_CLIENTS = 20
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
@@ -129,11 +115,11 @@ def print_run(console: Console, run: RunDir, *, is_full: bool = True) -> None:
         highlight=False,
     )
     for line in _exchange_lines(facts):
-        _print_line(console, line)
+        print_line(console, line)
     if not facts.is_finished:
-        _print_line(console, f"not finished; continue with: fedllm run --resume {run.path}")
+        print_line(console, f"not finished; continue with: fedllm run --resume {run.path}")
     if plots_of(run):
-        _print_line(console, f"plots: {run.path / 'plots'}/*.png")
+        print_line(console, f"plots: {run.path / 'plots'}/*.png")
 
 
 def _exchange_lines(facts: Overview) -> list[str]:
@@ -174,7 +160,7 @@ def _print_metrics(console: Console, run: RunDir, is_full: bool) -> None:
     if not is_full:
         rows = [row for row in rows if row.is_main or row.view in _MAIN_VIEWS]
     if not rows:
-        _print_line(console, "\nnothing was evaluated yet\n")
+        print_line(console, "\nnothing was evaluated yet\n")
         return
     table = new_table("metric", "of", "first", "last", "best", "round", "course")
     table.columns[1].justify = table.columns[6].justify = "left"
@@ -199,7 +185,7 @@ def _metric_cells(row: MetricRow, history: History, is_new: bool) -> list[str]:
 def print_next(console: Console, run: RunDir, *, is_personal: bool) -> None:
     """Print the three commands to try after a run."""
     scope = " --scope personal" if is_personal else ""
-    _print_line(console, "\nnext:")
+    print_line(console, "\nnext:")
     for command in (
         f"fedllm show {run.path}",
         f"fedllm eval {run.path}{scope}",
@@ -208,87 +194,6 @@ def print_next(console: Console, run: RunDir, *, is_personal: bool) -> None:
         console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
 
 
-def print_evaluation(console: Console, found: Evaluated) -> None:
-    """Print one evaluation: metrics by view, then by client where there are few."""
-    record = found.evaluation.record
-    views = {name: _at(record, *place) for name, place in _VIEWS.items()}
-    views = {name: values for name, values in views.items() if values}
-    table = new_table("", *found.metrics)
-    for name, values in views.items():
-        table.add_row(name, *(value_text(values.get(metric)) for metric in found.metrics))
-    console.print(f"after round {found.version}, on {found.num_rows} test rows", highlight=False)
-    console.print(table)
-    by_view = {name: _at(record, name, "by_client") for name in ("clients", "personal")}
-    _print_clients(console, {n: v for n, v in by_view.items() if v}, found.metrics[0])
-
-
-def save_evaluation(file: Path, run: Path, found: Evaluated) -> None:
-    """Write metrics and predictions as one JSON object.
-
-    Raises:
-        RunError: If the file cannot be written.
-    """
-    saved = {
-        "run": str(run),
-        "round": found.version,
-        "eval": found.evaluation.record,
-        "predictions": list(found.evaluation.predictions),
-    }
-    with explained(file, "The run itself is untouched."):
-        write_text(file, strict_json(saved) + "\n")
-
-
-def _print_clients(console: Console, by_view: Mapping[str, Any], metric: str) -> None:
-    """Print the main metric of each client, the worst first."""
-    clients = list(next(iter(by_view.values()), {}))
-    if not 1 < len(clients) <= _MAX_CLIENTS:
-        return
-    names = {"clients": "global view", "personal": "own view"}
-    table = new_table("client", *(names[view] for view in by_view), title=f"{metric} by client")
-    for cid in clients:
-        cells = [value_text(view.get(cid, {}).get(metric)) for view in by_view.values()]
-        table.add_row(cid, *cells)
-    console.print(table)
-
-
-def print_export(console: Console, found: Exported) -> None:
-    """Print what was written and three lines of Python that load it."""
-    table = new_table("file", "size", title=f"written to {found.folder}")
-    for name, size in found.files:
-        table.add_row(name, bytes_text(size))
-    console.print(table)
-    if found.is_merged:
-        lines = [
-            f"from transformers import AutoTokenizer, {found.auto_class}",
-            f'model = {found.auto_class}.from_pretrained("{found.folder}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{found.folder}")',
-        ]
-    elif found.is_native:
-        lines = [
-            f"import fedllm; from transformers import {found.auto_class}",
-            f'base = {found.auto_class}.from_pretrained("{found.base}"{_labels(found)})',
-            f'model = fedllm.attach(base, "{found.folder}")',
-        ]
-    else:
-        lines = [
-            f"from peft import PeftModel; from transformers import {found.auto_class}",
-            f'base = {found.auto_class}.from_pretrained("{found.base}"{_labels(found)})',
-            f'model = PeftModel.from_pretrained(base, "{found.folder}")',
-        ]
-    _print_line(console, "load it with:")
-    for line in lines:
-        console.print(Text(f"  {line}", style="cyan"), soft_wrap=True)
-
-
-def _labels(found: Exported) -> str:
-    return f", num_labels={found.num_labels}" if found.num_labels else ""
-
-
-def _at(record: Mapping[str, Any], *place: str) -> Mapping[str, Any]:
-    for part in place:
-        record = record.get(part) or {}
-    return record
-
-
-def _print_line(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
+    """Print a line as it is, however long."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)

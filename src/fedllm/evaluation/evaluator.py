@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -13,8 +13,9 @@ from fedllm.adapters import is_head, slot_of
 from fedllm.config import EvaluationConfig
 from fedllm.data import Partition, TokenSet
 from fedllm.errors import ConfigError, unknown
-from fedllm.evaluation.metrics import BY_TASK, METRICS, Evidence, Need
-from fedllm.federation import BaseServer, Mix, Scorer, StateStore, View
+from fedllm.evaluation.classes import ClassFigures, classification_report
+from fedllm.evaluation.metrics import BY_TASK, METRICS, Evidence, Need, bleu
+from fedllm.federation import Mix, Payload, Scorer, StateStore, View
 from fedllm.seeding import rng
 
 Scope = Literal["global", "personal"]
@@ -25,9 +26,19 @@ class Evaluation:
     """What one evaluation found."""
 
     record: Mapping[str, Any]
-    """`global` (metrics), `clients` (mean, worst 10 %, each) and `personal`, as asked for."""
+    """`global` (metrics), `clients` (mean, worst 10 %, each) and `personal`, as asked for; with
+    BLEU `signatures`, which says how sacrebleu counts."""
     predictions: Sequence[Mapping[str, Any]]
     """A line for each answered or classified row."""
+    reports: Mapping[Scope, Mapping[str, ClassFigures]] = field(default_factory=dict)
+    """For each view of a classification task: the figures of every class."""
+
+
+class Views(Protocol):
+    """What hands out the models to evaluate; a server is one."""
+
+    def view(self, cid: int | None = None, state: Any = None) -> Payload:
+        """Return the global view, or a client's."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Evaluator:
 
     def evaluate(
         self,
-        server: BaseServer,
+        server: Views,
         store: StateStore,
         scopes: Iterable[Scope],
         *,
@@ -83,6 +94,7 @@ class Evaluator:
         """
         record: dict[str, Any] = {}
         predictions: list[dict[str, Any]] = []
+        reports: dict[Scope, Mapping[str, ClassFigures]] = {}
         for scope in scopes:
             shards = self._shards(sample)
             views = self._views(server, store, scope, shards)
@@ -95,7 +107,12 @@ class Evaluator:
             else:
                 record["personal"] = {"overall": overall, **by_client}
             predictions += self._predictions(evidence, rows, scope)
-        return Evaluation(record, predictions)
+            if evidence.classes is not None and evidence.chosen is not None:
+                right, chosen = evidence.classes[rows], evidence.chosen[rows]
+                reports[scope] = classification_report(right, chosen, self.label_names)
+        if "bleu" in self.names:
+            record["signatures"] = {"bleu": str(bleu().get_signature())}
+        return Evaluation(record, predictions, reports)
 
     def _fits(self, need: Need) -> bool:
         if need == "classes":
@@ -121,7 +138,7 @@ class Evaluator:
         return [rows[chosen[rows]] for rows in shards]
 
     def _views(
-        self, server: BaseServer, store: StateStore, scope: Scope, shards: Sequence[np.ndarray]
+        self, server: Views, store: StateStore, scope: Scope, shards: Sequence[np.ndarray]
     ) -> list[View]:
         if scope == "global":
             payload = server.view()

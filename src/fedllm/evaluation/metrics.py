@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from functools import cache, cached_property
+from typing import Any, Literal
 
 import numpy as np
 
+from fedllm.errors import MissingExtraError
 from fedllm.federation import AnswerScores, Scores
 
 Need = Literal["tokens", "classes", "answers", "preferences", "pairs"]
@@ -48,12 +50,17 @@ class Evidence:
         return self._by_row(_word_f1)
 
     @cached_property
-    def rouge_l(self) -> np.ndarray:
-        """ROUGE-L F-measure with stemming, float (rows,)."""
+    def rouge(self) -> Mapping[str, np.ndarray]:
+        """ROUGE-1, 2 and L F-measure with stemming, each float (rows,)."""
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-        return self._by_row(lambda a, r: scorer.score(r, a)["rougeL"].fmeasure)
+        names = ("rouge1", "rouge2", "rougeL")
+        scorer = RougeScorer(list(names), use_stemmer=True)
+        found = {name: np.full(len(self.references), np.nan) for name in names}
+        for row, answer in self.answers.items():
+            for name, score in scorer.score(self.references[row], answer).items():
+                found[name][row] = score.fmeasure
+        return found
 
     def _by_row(self, judge: Callable[[str, str], float]) -> np.ndarray:
         values = np.full(len(self.references), np.nan)
@@ -72,6 +79,8 @@ class Metric:
     the model prefers of answers that are judged, or of pairs alone."""
     compute: Callable[[Evidence, np.ndarray], float]
     is_higher_better: bool = True
+    package: str | None = None
+    """A module of the extra `eval` that it needs."""
 
 
 def _mean(of: Callable[[Evidence], np.ndarray]) -> Callable[[Evidence, np.ndarray], float]:
@@ -124,6 +133,23 @@ def _classes(evidence: Evidence, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return evidence.classes[rows], evidence.chosen[rows]
 
 
+def _bleu(evidence: Evidence, rows: np.ndarray) -> float:
+    """Return the BLEU of all answers as one corpus, 0 to 100 as sacrebleu counts."""
+    asked = [row for row in rows.tolist() if row in evidence.answers]
+    if not asked:
+        return math.nan
+    answers = [evidence.answers[row] for row in asked]
+    return float(bleu().corpus_score(answers, [[evidence.references[r] for r in asked]]).score)
+
+
+@cache
+def bleu() -> Any:
+    """Return sacrebleu's BLEU with its default settings, which its signature names."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU()
+
+
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("mean cross-entropy of held-out answers, nats a token", "tokens", _loss, False),
     "perplexity": Metric("exp(loss)", "tokens", _perplexity, False),
@@ -141,8 +167,18 @@ METRICS: Mapping[str, Metric] = {
         _mean(lambda e: e.exact),
     ),
     "token_f1": Metric("word overlap, as SQuAD counts it", "answers", _mean(lambda e: e.token_f1)),
+    "rouge_1": Metric("shared words, F-measure", "answers", _mean(lambda e: e.rouge["rouge1"])),
+    "rouge_2": Metric(
+        "shared pairs of words, F-measure", "answers", _mean(lambda e: e.rouge["rouge2"])
+    ),
     "rouge_l": Metric(
-        "longest common subsequence, F-measure", "answers", _mean(lambda e: e.rouge_l)
+        "longest common subsequence, F-measure", "answers", _mean(lambda e: e.rouge["rougeL"])
+    ),
+    "bleu": Metric(
+        "n-grams shared over the whole corpus, 0 to 100 (sacrebleu)",
+        "answers",
+        _bleu,
+        package="sacrebleu",
     ),
     "reward_accuracy": Metric(
         "pairs whose better answer gained more on the base than the worse one; rated answers that"
@@ -192,6 +228,18 @@ BY_TASK: Mapping[str, tuple[str, ...]] = {
     "rated": ("reward_accuracy", "reward_margin", "preference_loss", "loss"),
 }
 """What `evaluation.metrics: auto` takes; the first is the main metric."""
+
+
+def require_packages(names: Iterable[str]) -> None:
+    """Refuse metrics whose library is not installed; unknown names pass.
+
+    Raises:
+        MissingExtraError: Naming the first one and what brings it.
+    """
+    for name in names:
+        package = METRICS[name].package if name in METRICS else None
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "eval", f"the metric '{name}'")
 
 
 def normalise(text: str) -> str:

@@ -16,7 +16,7 @@ from fedllm.config import (
     validate,
 )
 from fedllm.errors import ConfigError, unknown
-from fedllm.evaluation import METRICS
+from fedllm.evaluation import METRICS, require_packages
 from fedllm.experiment import exchange, schedules
 from fedllm.federation import objective_of
 
@@ -58,6 +58,8 @@ def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
         problems += _objective_problems(config)
     if problems or config is None:
         raise ConfigError(problems, source)
+    if config.evaluation.metrics != "auto":
+        require_packages(config.evaluation.metrics)
     return config
 
 

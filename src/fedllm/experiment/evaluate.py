@@ -19,8 +19,8 @@ from fedllm.experiment.run import restored
 class Evaluated:
     """What an evaluation of a run found, and of what."""
 
-    version: int
-    """Server updates behind the model."""
+    version: int | None
+    """Server updates behind the model; None where it is no federated run's."""
     num_rows: int
     """Test rows that were used."""
     metrics: tuple[str, ...]
@@ -33,6 +33,7 @@ def evaluate(
     *,
     scopes: Sequence[Scope] | None = None,
     client: int | None = None,
+    metrics: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluated:
@@ -42,6 +43,7 @@ def evaluate(
         path: The run directory.
         scopes: Which views; None takes what the run's configuration says.
         client: Use this client's test rows alone.
+        metrics: Which metrics; None takes those of the run.
         say: Told what is being done.
         progress: Called with the number of answers generated so far.
 
@@ -51,6 +53,9 @@ def evaluate(
     """
     parts, _ = restored(path, say)
     evaluator = parts.evaluator
+    if metrics is not None:
+        chosen_metrics = evaluator.config.model_copy(update={"metrics": list(metrics)})
+        evaluator = replace(evaluator, config=chosen_metrics)
     if client is not None:
         check_client(parts, client)
         evaluator = replace(evaluator, partition=_alone(parts.partition, client))

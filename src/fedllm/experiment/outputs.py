@@ -44,6 +44,7 @@ def native_words(words: dict[str, Any]) -> dict[str, Any]:
 
 def peft_words(parts: Parts, cid: int | None = None) -> dict[str, Any]:
     """Return what an exported adapter says of itself."""
+    held = parts.config.model.quantization
     return {
         "base_model": parts.loaded.source,
         "task_type": parts.task_type,
@@ -54,5 +55,7 @@ def peft_words(parts: Parts, cid: int | None = None) -> dict[str, Any]:
             "version": str(parts.server.version),
             "client": "global" if cid is None else str(cid),
             "base_hash": parts.loaded.base_hash,
+            # the hash is that of the packed weights
+            **({} if held == "none" else {"base_quantization": held}),
         },
     }

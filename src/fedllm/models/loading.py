@@ -28,7 +28,9 @@ from fedllm.models.quiet import quiet
 from fedllm.models.sources import locate, reported
 from fedllm.models.targets import Kind, head_modules, head_tensors, output_embedding
 from fedllm.models.tokenizer import tokenizer_in
+from fedllm.models.values import refuse_nonfinite, refuse_unexpected, told
 from fedllm.seeding import rng
+from fedllm.weights import few
 
 log = logging.getLogger(__name__)
 
@@ -113,14 +115,22 @@ def _freeze(model: PreTrainedModel, config: ModelConfig, device: torch.device) -
             nn.Module.to(model, device)
 
 
-def base_hash(model: PreTrainedModel, kind: Kind = "causal-lm") -> str:
+def base_hash(
+    model: PreTrainedModel, kind: Kind = "causal-lm", dtype: torch.dtype | None = None
+) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes of the base weights.
 
     A classification head does not count, tied weights count once. Layers must not be wrapped
     yet, since wrapping renames them; `LoadedModel.base_hash` may be asked for at any time. Reads
     every weight once: about a second per gigabyte.
+
+    Args:
+        model: Not modified.
+        kind: Says which parameters are a head.
+        dtype: Asks for the fingerprint of the same weights rounded to this format.
     """
-    return _digest(_base(model, kind))
+    own = _base(model, kind)
+    return _digest(own if dtype is None else ((name, t.to(dtype)) for name, t in own))
 
 
 def _quantization(
@@ -178,12 +188,17 @@ def _read_weights(
             trust_remote_code=config.trust_remote_code,
             **arguments,
         )
-    fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    _check_fresh(model, kind, fresh, config.path)
+    mismatched = [key[0] for key in info["mismatched_keys"]]
+    fresh = {*info["missing_keys"], *mismatched}
+    _check_fresh(model, kind, fresh, folder, config.path)
+    refuse_unexpected(model, kind, info["unexpected_keys"], config.path)
+    refuse_nonfinite(model, folder)
     return model, tuple(name for name, _ in model.named_parameters() if name in fresh)
 
 
-def _check_fresh(model: PreTrainedModel, kind: Kind, fresh: set[str], source: str) -> None:
+def _check_fresh(
+    model: PreTrainedModel, kind: Kind, fresh: set[str], folder: Path, source: str
+) -> None:
     """Allow new tensors only in a classification head and the pooler before it."""
     heads = set(head_tensors(model, kind))
     if kind == "sequence-classification" and not heads:
@@ -198,10 +213,10 @@ def _check_fresh(model: PreTrainedModel, kind: Kind, fresh: set[str], source: st
         if kind == "causal-lm" or (name.startswith(inside) and "pooler" not in name.split("."))
     }
     if body:
-        few = ", ".join(sorted(body)[:3]) + (", ..." if len(body) > 3 else "")
         raise ModelError(
             f"The weights of '{source}' do not make a {type(model).__name__}: {len(body)} tensors"
-            f" are missing or have another shape than config.json says ({few}). Fetch the model"
+            f" are missing or have another shape than config.json says"
+            f" ({few([told(model, folder, name) for name in sorted(body)[:4]])}). Fetch the model"
             f" again, or choose one made for {kind}."
         )
     if frozen := sorted(fresh - heads):

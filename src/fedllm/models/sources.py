@@ -20,11 +20,11 @@ from huggingface_hub.errors import (
 from fedllm.config import ModelConfig
 from fedllm.errors import FedLLMError, ModelError, unknown
 from fedllm.models.catalog import BUILTIN_MODELS, BUILTIN_PREFIX
+from fedllm.weights import PICKLES, Stored, read_header, read_index, refuse_integers
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def locate(config: ModelConfig, *, weights: bool = True) -> Path:
@@ -146,20 +146,13 @@ def _check_config(folder: Path, source: str) -> None:
 
 
 def _check_weights(folder: Path, source: str) -> None:
-    """Refuse a folder whose weights are absent, incomplete, or only there as pickles."""
-    if (folder / WEIGHTS).is_file():
+    """Refuse a folder whose weights are absent, damaged, ambiguous, or only there as pickles."""
+    found = stored_weights(folder)
+    if found:
+        if not _is_quantised(folder):
+            refuse_integers(found)
         return
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        with reported(f"read {WEIGHTS_INDEX} of '{source}'", "Fetch the model again."):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if absent:
-            raise ModelError(
-                f"'{source}' is incomplete: {', '.join(absent)} is missing. Fetch the model again."
-            )
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         loader = _architecture(folder)
         raise ModelError(
@@ -172,6 +165,26 @@ def _check_weights(folder: Path, source: str) -> None:
         f"'{source}' has no safetensors weights: {WEIGHTS} is missing. Fetch the model again, or"
         " convert pickled weights with save_pretrained."
     )
+
+
+def stored_weights(folder: Path) -> dict[str, Stored]:
+    """Return what the safetensors of a model folder hold, by their headers; none if there are none.
+
+    Raises:
+        ModelError: If a file is damaged or missing, or a tensor stands in two files.
+    """
+    if (folder / WEIGHTS).is_file():
+        return read_header(folder / WEIGHTS)
+    if (folder / WEIGHTS_INDEX).is_file():
+        return read_index(folder / WEIGHTS_INDEX)
+    return {}
+
+
+def _is_quantised(folder: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_bytes())
+    except (ValueError, TypeError):
+        return True  # whoever reads the file next says what is wrong with it
 
 
 def _architecture(folder: Path) -> str:

@@ -3,8 +3,9 @@
 `fedllm.results.plots` is imported by those who draw: it brings matplotlib along.
 """
 
+from fedllm.results.artifact import Artifact, find_artifact, origin_of
 from fedllm.results.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from fedllm.results.export import export_merged, merge_into, new_folder
+from fedllm.results.export import merge_into, new_folder, write_model
 from fedllm.results.history import VIEWS, History, Series
 from fedllm.results.run_dir import RecordFile, RunDir
 from fedllm.results.storage import strict_json
@@ -12,19 +13,22 @@ from fedllm.results.summary import MetricRow, Overview, overview, summary_rows
 
 __all__ = [
     "VIEWS",
+    "Artifact",
     "History",
     "MetricRow",
     "Overview",
     "RecordFile",
     "RunDir",
     "Series",
-    "export_merged",
+    "find_artifact",
     "latest_checkpoint",
     "load_checkpoint",
     "merge_into",
     "new_folder",
+    "origin_of",
     "overview",
     "save_checkpoint",
     "strict_json",
     "summary_rows",
+    "write_model",
 ]

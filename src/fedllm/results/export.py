@@ -16,26 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def export_merged(
-    model: Any, tokenizer: Any, adapter: Adapter, folder: Path, *, base: BaseDelta | None = None
-) -> None:
-    """Write the model with everything merged into its weights, and its tokenizer.
+def write_model(model: Any, tokenizer: Any, folder: Path, *, max_shard_size: str = "5GB") -> None:
+    """Write a model as safetensors of at most some size each, with its tokenizer and template.
 
     Args:
-        model: A freshly loaded transformers model; its weights are changed.
-        tokenizer: The tokenizer of the model.
-        adapter: What was trained.
-        folder: Must not exist.
-        base: What was merged into the base weights during training.
-
-    Raises:
-        RunError: If the folder exists or cannot be written.
-        ModelError: If the model is quantised, or not the one the adapter belongs to.
+        model: A transformers model with everything merged into its weights.
+        tokenizer: Its chat template is written with it.
+        folder: Where to, such as `new_folder` gives.
+        max_shard_size: Like `5GB` or `200MB`.
     """
-    with new_folder(folder) as temporary:
-        merge_into(model, adapter, base)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
 
 
 def merge_into(model: Any, adapter: Adapter, base: BaseDelta | None = None) -> None:
