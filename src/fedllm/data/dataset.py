@@ -19,6 +19,12 @@ from fedllm.data.writer import Kind, Writer
 from fedllm.errors import DataError
 
 
+_NO_STREAM = (
+    "data.streaming: rows that are counted or divided among clients cannot be streamed. Turn it "
+    "off, or train centrally with a number of steps"
+)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Both splits of a data set, tokenised."""
@@ -61,14 +67,10 @@ def load_dataset(
         partition: Its `by` names a column that rows must carry.
 
     Raises:
-        DataError: If the data cannot be read, does not fit, is to be streamed, or no row is short
-            enough.
+        DataError: If the data cannot be read, does not fit, or no row is short enough.
     """
     if config.streaming:
-        raise DataError(
-            "data.streaming: rows that are counted or divided among clients cannot be streamed. "
-            "Turn it off, or train centrally with a number of steps"
-        )
+        raise DataError(_NO_STREAM)
     rows = load_rows(config, seed, partition=partition)
     kind = kind if isinstance(kind, str) else kind(rows.task)
     writer = Writer.for_task(config, tokenizer, rows.task, kind, template)
