@@ -42,8 +42,7 @@ def encode_conversations(
         tools: What the assistant of each may call; none unless given.
         learned: Every answer, the last one, or prompts, too.
         tolerates: Leave out what the template refuses, instead of raising.
-        reasoning: Which rule the conversations follow; `keep` refuses rows whose last answer's
-            thoughts the template leaves out.
+        reasoning: Which rule the conversations follow (see `fedllm.data.reasoning`).
 
     Raises:
         DataError: If the template refuses a row, or a row is too long and that is an error.
@@ -51,9 +50,8 @@ def encode_conversations(
     tools = tools or [()] * len(conversations)
     eos = _end_of_text(renderer)
     written = _written(renderer, conversations, wheres, tools, tolerates, reasoning)
-    numbers = list(written)
     rows: list[TokenRow] = []
-    for number, talk in zip(numbers, tokenise(renderer, list(written.values())), strict=True):
+    for number, talk in zip(written, tokenise(renderer, list(written.values())), strict=True):
         if learned == "last-answer":
             talk = Talk(talk.tokens, talk.learned[-1:], talk.answers[-1:])
         fitted: Talk | None = talk
