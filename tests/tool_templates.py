@@ -53,7 +53,8 @@ _QWEN_TOOLS = (
 )
 _QWEN_CALLS = (
     "\\n</tools>\\n\\nFor each function call, return a json object with function name and "
-    'arguments within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": <function-name>, '
+    "arguments within <tool_call></tool_call> XML tags:\\n<tool_call>\\n"
+    '{\\"name\\": <function-name>, '
     '\\"arguments\\": <args-json-object>}\\n</tool_call><|im_end|>\\n'
 )
 

@@ -37,32 +37,40 @@ def _data() -> None:
     """Look at data before it is learned from."""
 
 
+PathWord = Annotated[
+    Optional[str],  # noqa: UP045  # typer reads this at run time
+    typer.Argument(metavar="[PATH]", help="File, folder, hub id, or a name in the registry."),
+]
+ConfigFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--config", metavar="FILE", help="Take model and data settings from there."),
+]
+ModelName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--model", help="Whose tokenizer and chat template; default builtin:tiny."),
+]
+MaxLength = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--max-length", min=1, help="Longest row in tokens."),
+]
+Registry = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--registry", metavar="DIR", help="Folder with a dataset_info.json."),
+]
+JsonFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--json", metavar="FILE", help="Write every verdict there."),
+]
+
+
 @data_app.command()
 def check(
-    path: Annotated[
-        Optional[str],  # noqa: UP045  # typer reads this at run time
-        typer.Argument(metavar="[PATH]", help="File, folder, hub id, or a name in the registry."),
-    ] = None,
-    config: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--config", metavar="FILE", help="Take model and data settings from there."),
-    ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--model", help="Whose tokenizer and chat template; default builtin:tiny."),
-    ] = None,
-    max_length: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--max-length", min=1, help="Longest row in tokens."),
-    ] = None,
-    registry: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--registry", metavar="DIR", help="Folder with a dataset_info.json."),
-    ] = None,
-    save: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--json", metavar="FILE", help="Write every verdict there."),
-    ] = None,
+    path: PathWord = None,
+    config: ConfigFile = None,
+    model: ModelName = None,
+    max_length: MaxLength = None,
+    registry: Registry = None,
+    save: JsonFile = None,
 ) -> None:
     """Read every row: is it ok, mended, too long or broken, where, why, and what to do."""
     console = Console()

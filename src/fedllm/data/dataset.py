@@ -18,6 +18,11 @@ from fedllm.data.tokens import Encoded, TokenSet
 from fedllm.data.writer import Kind, Writer
 from fedllm.errors import DataError
 
+_NO_STREAM = (
+    "data.streaming: rows that are counted or divided among clients cannot be streamed. Turn it "
+    "off, or train centrally with a number of steps"
+)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -54,34 +59,28 @@ def load_dataset(
     Args:
         config: Where the data is and how to read it.
         tokenizer: Not modified.
-        kind: A causal language model gets conversations (the label as the answer), a
-            classification head the text alone. A function decides by the task.
+        kind: A causal model gets conversations, a head the text alone; or decides by the task.
         seed: Decides which rows are held out and, with `max_train_rows`, used.
         template: `auto` (the tokenizer's own, else `plain`), a fallback's name or a file.
         partition: Its `by` names a column that rows must carry.
 
     Raises:
-        DataError: If the data cannot be read, does not fit, is to be streamed, or no row is short
-            enough.
+        DataError: If the data cannot be read, does not fit, or no row is short enough.
     """
     if config.streaming:
-        raise DataError(
-            "data.streaming: rows that are counted or divided among clients cannot be streamed. "
-            "Turn it off, or train centrally with a number of steps"
-        )
+        raise DataError(_NO_STREAM)
     rows = load_rows(config, seed, partition=partition)
-    kind = kind if isinstance(kind, str) else kind(rows.task)
-    writer = Writer.for_task(config, tokenizer, rows.task, kind, template)
+    chosen = kind if isinstance(kind, str) else kind(rows.task)
+    writer = Writer.for_task(config, tokenizer, rows.task, chosen, template)
     train, kept_train, lost_train, short_train = _split(writer, rows, "training")
     test, kept_test, lost_test, short_test = _split(writer, rows, "test")
-    dropped = Counter(rows.dropped) + lost_train + lost_test
     return Dataset(
         task=rows.task,
         train=train,
         test=test,
         label_names=rows.label_names,
         rows=replace(rows, train=kept_train, test=kept_test),
-        dropped=dict(dropped),
+        dropped=dict(Counter(rows.dropped) + lost_train + lost_test),
         truncated=short_train + short_test,
         stop_ids=writer.stop_ids(),
         source=rows.source,

@@ -90,17 +90,25 @@ class Renderer:
             DataError: If the template refuses a conversation.
         """
         turns = [self._turns(c) for c in conversations]
-        if tools is None or not any(tools):
+        return self._texts(turns, wheres, tools or [()] * len(turns), generation=generation)
+
+    def _texts(
+        self,
+        turns: Sequence[list[TemplateTurn]],
+        wheres: Sequence[str],
+        tools: Sequence[Tools],
+        *,
+        generation: bool,
+    ) -> list[str]:
+        """Write all conversations without tools in one call, and the others one by one."""
+        if not any(tools):
             return self._written(turns, wheres, (), generation=generation)
         texts = [""] * len(turns)
         plain = [i for i, of_row in enumerate(tools) if not of_row]
-        for i, text in zip(
-            plain,
-            self._written(
-                [turns[i] for i in plain], [wheres[i] for i in plain], (), generation=generation
-            ),
-            strict=True,
-        ):
+        found = self._written(
+            [turns[i] for i in plain], [wheres[i] for i in plain], (), generation=generation
+        )
+        for i, text in zip(plain, found, strict=True):
             texts[i] = text
         for i, of_row in enumerate(tools):
             if of_row:
@@ -176,12 +184,13 @@ class Renderer:
         conversations = [_up_to_the_last_learned(talk) for talk in conversations]
         for talk, where, of_row in zip(conversations, wheres, tools, strict=True):
             self.support.check(talk, of_row, where)
-        texts = self.write(conversations, wheres, tools=tools)
+        turns = [self._turns(talk) for talk in conversations]
+        texts = self._texts(turns, wheres, tools, generation=False)
         asked = [(row, i) for row, talk in enumerate(conversations) for i in _answers(talk)]
-        prompts = self.write(
-            [conversations[row][:i] for row, i in asked],
+        prompts = self._texts(
+            [turns[row][:i] for row, i in asked],
             [wheres[row] for row, _ in asked],
-            tools=[tools[row] for row, _ in asked],
+            [tools[row] for row, _ in asked],
             generation=True,
         )
         by_row: list[list[tuple[int, str]]] = [[] for _ in texts]

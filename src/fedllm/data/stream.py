@@ -61,9 +61,8 @@ def stream_rows(
         epoch: Which pass over the rows this is.
 
     Raises:
-        DataError: If the data cannot be read or does not fit, a row is broken (with
-            `max_broken_share`: more of those seen so far are, or of the first hundred), or no row
-            is within `max_length`.
+        DataError: If the data cannot be read or does not fit, more rows than `max_broken_share`
+            of those seen so far are broken, or none is within `max_length`.
     """
     sources = [_Source.opened(config, origin) for origin in origins(config)]
     task = common_task(config, [(source.name, source.recognised) for source in sources])
@@ -82,10 +81,8 @@ def stream_rows(
             is_empty = False
             yield streamed
     if is_empty:
-        raise DataError(
-            f"{config.source}: no training row is within data.max_length {config.max_length}. "
-            "Raise it, or set data.overlong: truncate"
-        )
+        limit = f"data.max_length {config.max_length}"
+        raise DataError(f"{config.source}: no training row is within {limit}. Raise it")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Literal
 
 from fedllm.data.marks import Rendered
-from fedllm.data.overlong import Cuts, Limits, Talk, differing, shorten
+from fedllm.data.overlong import Limits, Talk, differing, shorten
 from fedllm.data.pieces import as_text, piece, tokenise
 from fedllm.data.reasoning import Reasoning, check_answers
 from fedllm.data.render import Renderer
@@ -42,27 +42,22 @@ def encode_conversations(
         tools: What the assistant of each may call; none unless given.
         learned: Every answer, the last one, or prompts, too.
         tolerates: Leave out what the template refuses, instead of raising.
-        reasoning: Which rule the conversations follow; `keep` refuses rows whose last answer's
-            thoughts the template leaves out.
+        reasoning: Which rule the conversations follow (see `fedllm.data.reasoning`).
 
     Raises:
         DataError: If the template refuses a row, or a row is too long and that is an error.
     """
     tools = tools or [()] * len(conversations)
     eos = _end_of_text(renderer)
-    room = limits.max_length - len(eos)
     written = _written(renderer, conversations, wheres, tools, tolerates, reasoning)
-    numbers = list(written)
     rows: list[TokenRow] = []
-    for number, talk in zip(numbers, tokenise(renderer, list(written.values())), strict=True):
+    for number, talk in zip(written, tokenise(renderer, list(written.values())), strict=True):
         if learned == "last-answer":
             talk = Talk(talk.tokens, talk.learned[-1:], talk.answers[-1:])
         fitted: Talk | None = talk
         if not limits.keeps(len(talk.tokens) + len(eos), wheres[number]):
-            fitted = None
-            if limits.overlong == "truncate":
-                row = (conversations[number], tools[number])
-                fitted = _shortened(renderer, *row, talk, room, limits.cuts)
+            row = (conversations[number], tools[number])
+            fitted = _shortened(renderer, *row, talk, limits, len(eos))
         if fitted is not None:
             rows.append(_row(fitted, eos, number, learned == "all", fitted is not talk))
     return pack(rows, [i for i in range(len(conversations)) if i not in written])
@@ -164,9 +159,14 @@ def _shortened(
     messages: Sequence[Message],
     tools: Tools,
     talk: Talk,
-    room: int,
-    cuts: Cuts,
+    limits: Limits,
+    ending: int,
 ) -> Talk | None:
+    """Return a conversation with room for `ending` more tokens, or None if it is dropped."""
+    if limits.overlong == "drop":
+        return None
+    room = limits.max_length - ending
+
     def user_part(answer: int) -> tuple[int, int]:
         before = list(messages[: talk.answers[answer]])
         last = max(i for i, m in enumerate(before) if m.role == "user")
@@ -178,7 +178,7 @@ def _shortened(
     is_ended = renderer.end_of_turn is not None
     if is_ended and not renderer.ends_every_turn and len(talk.learned) > 1:
         return None  # an answer that was not the last one has no end-of-turn token
-    return shorten(talk, room, is_ended=is_ended, user_part=user_part, cuts=cuts)
+    return shorten(talk, room, is_ended=is_ended, user_part=user_part, cuts=limits.cuts)
 
 
 def _end_of_text(renderer: Renderer) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -114,37 +115,37 @@ class Writer:
             DataError: If a row cannot be written, or is too long and that is an error.
         """
         limits = Limits(self.config.max_length, self.config.overlong, self._cuts(is_test))
-        wheres = [row.where for row in rows]
-        texts = [row.text or "" for row in rows]
         talks = self.conversations(rows, side)
-        learned, rule = self._learned(), self.config.reasoning
-        tolerates = self.config.max_broken_share > 0
-
-        def make() -> Encoded:
-            if self.renderer is not None:
-                return encode_conversations(
-                    self.renderer,
-                    talks,
-                    wheres,
-                    limits,
-                    tools=[row.tools for row in rows],
-                    learned=learned,
-                    tolerates=tolerates,
-                    reasoning=rule,
-                )
-            if self.kind == "causal-lm":
-                return encode_texts(self.tokenizer, texts, wheres, limits)
-            return encode_for_classes(self.tokenizer, texts, wheres, limits)
-
+        make = partial(self._made, rows, talks, limits)
         if self.fingerprint is None:
             return make()
         template = self.renderer.template if self.renderer else None
-        contents: Any = texts
+        contents: Any = [row.text or "" for row in rows]
         if template:
             contents = [[_key(m) for m in talk] for talk in talks]
             contents = [contents, [json.dumps(row.tools) if row.tools else None for row in rows]]
-        settings = [self.kind, template, asdict(limits), learned, tolerates, rule]
+        rules = [self._learned(), self.config.max_broken_share > 0, self.config.reasoning]
+        settings = [self.kind, template, asdict(limits), *rules]
         return cached(key_of([self.fingerprint, settings, contents]), make)
+
+    def _made(
+        self, rows: Sequence[Row], talks: Sequence[Sequence[Message]], limits: Limits
+    ) -> Encoded:
+        wheres = [row.where for row in rows]
+        if self.renderer is not None:
+            return encode_conversations(
+                self.renderer,
+                talks,
+                wheres,
+                limits,
+                tools=[row.tools for row in rows],
+                learned=self._learned(),
+                tolerates=self.config.max_broken_share > 0,
+                reasoning=self.config.reasoning,
+            )
+        texts = [row.text or "" for row in rows]
+        encode = encode_texts if self.kind == "causal-lm" else encode_for_classes
+        return encode(self.tokenizer, texts, wheres, limits)
 
     def refuse(self, made: Encoded, rows: Sequence[Row], name: str) -> None:
         """Raise DataError if the template refused more rows than may be broken."""
