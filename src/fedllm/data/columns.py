@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedllm.data.faults import RowFault
+from fedllm.data.messages import messages_of
 from fedllm.data.rows import Message, Record, Row, Task
 from fedllm.errors import DataError, did_you_mean
 
@@ -26,24 +28,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Our column names, each with the names under which files are known to have it."""
 
-ROLES: Mapping[str, Literal["system", "user", "assistant", "tool"]] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
-"""Roles of OpenAI and ShareGPT conversations, and what they are here."""
-
 _SHOWN = 3  # faulty rows that a message names; the rest is counted
-
-
-class _Fault(Exception):
-    """One row is wrong; collected so that a message can name several."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +94,7 @@ def to_rows(records: Sequence[Record], wanted: Wanted, *, source: str) -> Recogn
             owner = _word(record, client) if client else None
             kind = _word(record, group) if group else label
             rows.append(Row(messages, text, label, kind, owner, where))
-        except _Fault as fault:
+        except RowFault as fault:
             faults.append(f"{where}: {fault}")
     if faults:
         raise DataError(_faulty(faults, source))
@@ -183,7 +168,7 @@ def _demand(fields: Mapping[str, Any], used: Mapping[str, str], shape: Shape) ->
     for ours in shape.required:
         value = fields[ours]
         if value is None or (isinstance(value, str) and not value.strip()) or value == []:
-            raise _Fault(f"'{used[ours]}' is missing or empty")
+            raise RowFault("missing or empty column", f"'{used[ours]}' is missing or empty")
 
 
 def _faulty(faults: Sequence[str], source: str) -> str:
@@ -197,7 +182,7 @@ def _faulty(faults: Sequence[str], source: str) -> str:
 def _word(record: Mapping[str, Any], column: str) -> str:
     value = record.get(column)
     if value is None or value == "":
-        raise _Fault(f"'{column}' is missing or empty")
+        raise RowFault("missing or empty column", f"'{column}' is missing or empty")
     return str(value)
 
 
@@ -231,38 +216,19 @@ def _plain(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, None]:
 
 
 def _conversation(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], None, None]:
-    turns = fields["messages"]
-    if not isinstance(turns, Iterable) or isinstance(turns, (str, Mapping)):
-        raise _Fault(f"a conversation must be a list of messages, not a {type(turns).__name__}")
-    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    messages = list(messages_of(fields["messages"]))
     system = fields.get("system")
     if system and not any(message.role == "system" for message in messages):
         messages.insert(0, Message("system", str(system)))
-    while messages and messages[-1].role != "assistant":
+    while messages and not (messages[-1].role == "assistant" and messages[-1].is_learned):
         messages.pop()  # nothing is learned from what follows the last answer
     if not messages:
-        raise _Fault("the conversation has no message of the assistant, so no answer")
-    if not any(message.role == "user" for message in messages):
-        raise _Fault("the conversation has no message of a user before its answer")
-    return tuple(messages), None, None
-
-
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise _Fault(f"message {number} must be an object, not a {type(turn).__name__}")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES:
-        raise _Fault(
-            f"message {number} has the role '{role}'.{did_you_mean(str(role), ROLES)} "
-            f"Known roles: {', '.join(ROLES)}"
+        raise RowFault(
+            "no answer", "the conversation has no message of the assistant, so no answer"
         )
-    if content is None and turn.get("tool_calls"):
-        raise _Fault(f"message {number} is a tool call without content, which is not supported")
-    if not isinstance(content, str):
-        raise _Fault(f"message {number} ({role}) needs text as its content")
-    if ROLES[role] == "assistant" and not content.strip():
-        raise _Fault(f"message {number} ({role}) is empty")
-    return Message(ROLES[role], content)
+    if not any(message.role == "user" for message in messages):
+        raise RowFault("no question", "the conversation has no message of a user before its answer")
+    return tuple(messages), None, None
 
 
 _TALK: tuple[Task, ...] = ("qa", "math", "chat")
