@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 
 import fedllm
+from fedllm.cli.chat import chat
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
+from fedllm.cli.serve import serve
 from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
 from fedllm.config import Config
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.add_typer(trace_app, name="trace")
 app.command()(report)
 app.command()(compare)
+app.command()(chat)
+app.command()(serve)
 
 Words = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this at run time

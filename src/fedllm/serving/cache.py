@@ -17,14 +17,12 @@ _SPARE = 64
 """Columns kept free for tokens to come."""
 
 
-class RowLayer(DynamicLayer):
+class RowLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers'
     """Keys and values of one layer, each (rows, heads, capacity, head_dim)."""
 
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, used: int = 0):
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.used = used
-        self.is_initialized = keys is not None
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
+        self.used = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -53,26 +51,27 @@ class RowCache(Cache):
     """
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[RowLayer() for _ in range(num_layers)])
+        self.rows = [RowLayer() for _ in range(num_layers)]
+        super().__init__(layers=[*self.rows])
 
     @property
     def used(self) -> int:
         """Columns in use."""
-        return max(layer.used for layer in self.layers)
+        return max(layer.used for layer in self.rows)
 
     @property
     def nbytes(self) -> int:
         """What is allocated."""
         return sum(
             tensor.numel() * tensor.element_size()
-            for layer in self.layers
+            for layer in self.rows
             for tensor in (layer.keys, layer.values)
             if tensor is not None
         )
 
     def rewind(self, used: int) -> None:
         """Forget what a pass that failed has appended."""
-        for layer in self.layers:
+        for layer in self.rows:
             layer.used = min(layer.used, used)
 
     def take(
@@ -86,14 +85,14 @@ class RowCache(Cache):
             other: A cache whose rows join; empty if none do.
             length: Tokens of the longest row that stays.
         """
-        result = RowCache(len(self.layers))
+        result = RowCache(len(self.rows))
         sources = [(self, list(kept)), (other, list(range(len(places) - len(kept))))]
         split = len(kept)
         targets = [list(places[:split]), list(places[split:])]
-        for i, layer in enumerate(result.layers):
+        for i, layer in enumerate(result.rows):
             for (cache, rows), target in zip(sources, targets, strict=True):
                 if rows:
-                    _place(layer, cache.layers[i], rows, target, len(places), length)
+                    _place(layer, cache.rows[i], rows, target, len(places), length)
             layer.used, layer.is_initialized = length, True
         return result
 

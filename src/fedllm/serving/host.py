@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from fedllm.data.render import Renderer, chat_template, make_renderer
+from fedllm.data.render import Renderer, make_renderer
 from fedllm.data.rows import Message
+from fedllm.data.template import chat_template
 from fedllm.engine import Resident
 from fedllm.errors import DataError, ModelError, unknown
 from fedllm.models import LoadedModel, load_model, load_tokenizer, position_limit
@@ -80,12 +81,12 @@ class Host:
         config = getattr(loaded.model, "generation_config", None)
         self.defaults: Mapping[str, Any] = {} if config is None else config.to_dict()
         resident, active = _resident(loaded, source, adapters)
-        tokenizer = loaded.tokenizer
+        tokenizer: Any = loaded.tokenizer
         if source.tokenizer is not None:
             words = source.model.model_copy(update={"path": str(source.tokenizer)})
             tokenizer = load_tokenizer(words)
-        self.tokenizer: Any = tokenizer
-        self.renderer: Renderer = make_renderer(
+        self.tokenizer = tokenizer
+        self.renderer = make_renderer(
             tokenizer, chat_template(tokenizer, source.model.chat_template)
         )
         self.rows = {name: row for row, name in enumerate(source.adapters)} | {source.plain: -1}
@@ -117,8 +118,17 @@ class Host:
         """Return the tokens of a text that is to be continued."""
         return [int(token) for token in self.tokenizer(text)["input_ids"]]
 
+    def spell(self, token: int) -> str:
+        """Return the text of one token."""
+        return str(self.tokenizer.decode([token]))
+
     def generation(
-        self, name: str, prompt: Sequence[int], wish: Wish, tell: Callable[[Piece], None], i: int = 0
+        self,
+        name: str,
+        prompt: Sequence[int],
+        wish: Wish,
+        tell: Callable[[Piece], None],
+        i: int = 0,
     ) -> Generation:
         """Return the i-th of the answers that a request asks for, not yet submitted.
 
