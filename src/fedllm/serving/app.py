@@ -223,8 +223,9 @@ def _faulty(faults: Sequence[Any]) -> Refusal:
     for fault in faults:
         where = ".".join(str(part) for part in fault["loc"][1:]) or "body"
         if fault["type"] == _EXTRA:
-            hint = did_you_mean(str(fault["loc"][-1]), fields)
-            sentences.append(f"'{where}' is not supported; leave it out.{hint}")
+            hint = did_you_mean(str(fault["loc"][-1]), fields).replace(" Did", " (did")
+            hint = hint.replace("?", "?)")
+            sentences.append(f"'{where}' is not supported, leave it out{hint}")
         elif fault["type"] == "json_invalid":
             sentences.append("the body is not JSON")
         else:

@@ -70,7 +70,7 @@ class Generation:
 
     def cancel(self) -> None:
         """Ask for no more; the engine lets go of it before its next step."""
-        self.is_cancelled = True
+        self.is_cancelled = not self.is_done
 
     def take(self, choice: Choice, is_end: bool) -> None:
         """Add a token, and tell what is certain of the text."""
