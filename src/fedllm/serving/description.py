@@ -31,7 +31,12 @@ def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def streamed() -> dict[int | str, dict[str, Any]]:
     """Return the description of answers that may also come as server-sent events."""
-    return {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    event = {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        "required": ["data"],
+    }
+    return {200: {"content": {"text/event-stream": {"schema": event}}}}
 
 
 def completed(tree: dict[str, Any], names: Sequence[str], *, needs_key: bool) -> dict[str, Any]:
