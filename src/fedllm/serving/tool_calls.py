@@ -101,11 +101,15 @@ class CallReader:
         self._controls = [c for c in controls if c not in (_OPEN, _CLOSE, _MISTRAL, _PYTHON)]
         self._held = ""
         self._has_begun = False
+        self._is_after_call = False
         self.num_calls = 0
 
     def feed(self, text: str) -> tuple[str, list[FoundCall]]:
         """Take more of the answer; return the text and the calls that are certain by now."""
         self._held += text
+        if self._is_after_call:  # blanks between calls are no text
+            self._held = self._held.lstrip()
+            self._is_after_call = not self._held
         if self._family == "qwen":
             return self._blocks()
         mark = _MISTRAL if self._family == "mistral" else _PYTHON
@@ -151,6 +155,7 @@ class CallReader:
             else:
                 calls.append(call)
                 self._held = self._held.lstrip()
+                self._is_after_call = not self._held
         return said + self._said(_OPEN), self._allowed(calls)
 
     def _list(self, text: str) -> list[FoundCall]:
