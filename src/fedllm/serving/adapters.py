@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from fedllm.adapters import Adapter, is_a, is_b, module_of, name_a, name_b
+from fedllm.adapters import Adapter, Routing, is_a, is_b, is_router, module_of, name_a, name_b
 from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_CONFIG
-from fedllm.adapters.native_format import is_routed, load_native
+from fedllm.adapters.native_format import load_native
 from fedllm.adapters.peft_format import CONFIG_FILE, ORIGIN_FILE, TENSORS_FILE
 from fedllm.engine import Resident
 from fedllm.engine.assembly import Sources, assembled
@@ -77,26 +77,25 @@ def recorded_base(folder: Path) -> str | None:
 
 
 def together(adapters: Mapping[str, Adapter]) -> list[Adapter]:
-    """Return adapters with the same tensors each: layers that one lacks get B = 0 there.
+    """Return adapters with the same tensors each, so that they can lie side by side.
+
+    A path that an adapter lacks gets B = 0 there, and a router it lacks weighs only such paths.
 
     Raises:
-        ModelError: If some have routers and others have not the same.
+        ModelError: If some have parts of another kind that others have not, or unequal routers.
     """
-    routed = {name for name, adapter in adapters.items() if is_routed(adapter)}
-    if not routed:
-        shapes = {
-            tensor: value.shape[1 if is_a(tensor) else 0]
-            for adapter in adapters.values()
-            for tensor, value in adapter.tensors.items()
-        }
-        return [_filled(adapter, shapes) for adapter in adapters.values()]
-    kinds = {(tuple(a), a.routing.top if a.routing else 0) for a in adapters.values()}
-    if len(kinds) > 1:
+    everything = list(adapters.values())
+    names = {name for adapter in everything for name in adapter}
+    strange = [n for n in names if not (is_a(n) or is_b(n) or is_router(n))]
+    missing = any(name not in adapter for adapter in everything for name in strange)
+    routings = [adapter.routing for adapter in everything if adapter.routing is not None]
+    if missing or len({(len(routing.slots), routing.top) for routing in routings}) > 1:
         raise ModelError(
-            "adapters whose paths a router weighs can only be served beside others of the same"
-            f" shape ({', '.join(sorted(routed))} have routers). Serve one adapter folder alone"
+            "these adapters are of kinds that cannot lie side by side (their routers or other parts"
+            " differ in shape). Serve one adapter folder alone"
         )
-    return list(adapters.values())
+    shapes = {name: tensor.shape for one in everything for name, tensor in one.tensors.items()}
+    return [_filled(one, shapes, next(iter(routings), None)) for one in everything]
 
 
 def activate(resident: Resident, adapters: Sequence[Adapter]) -> Active:
@@ -165,14 +164,16 @@ def _finite(adapter: Adapter, folder: Path) -> Adapter:
     return adapter
 
 
-def _filled(adapter: Adapter, sizes: Mapping[str, int]) -> Adapter:
-    """Return the adapter with a path that adds nothing in each layer it leaves alone."""
+def _filled(adapter: Adapter, shapes: Mapping[str, torch.Size], routing: Routing | None) -> Adapter:
+    """Return the adapter with paths that add nothing where it has none."""
     tensors, scaling = {}, {}
-    for name, size in sizes.items():
+    for name, (rows, columns) in shapes.items():
         if name in adapter:
             tensors[name] = adapter[name]
+        elif is_router(name):
+            tensors[name] = torch.zeros(rows, columns)
         else:
-            tensors[name] = torch.zeros((1, size) if is_a(name) else (size, 1))
-        module = module_of(name)
-        scaling[module] = adapter.scaling.get(module, 1.0)
-    return Adapter(tensors, scaling)
+            tensors[name] = torch.zeros((1, columns) if is_a(name) else (rows, 1))
+        if not is_router(name):
+            scaling[module_of(name)] = adapter.scaling.get(module_of(name), 1.0)
+    return replace(adapter, tensors=tensors, scaling=scaling, routing=adapter.routing or routing)

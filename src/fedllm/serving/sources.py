@@ -113,7 +113,7 @@ def _federated(folder: Path, model: ModelConfig) -> Source:
 
 def _adapter(folder: Path) -> Source:
     """Take the base from the run that an adapter lies in, else from what the adapter says."""
-    run = next((p for p in folder.resolve().parents[:4] if (p / "config.yaml").is_file()), None)
+    run = next((p for p in folder.resolve().parents[:5] if (p / "config.yaml").is_file()), None)
     origin = _json(folder / ORIGIN_FILE) if (folder / ORIGIN_FILE).is_file() else {}
     client = str(origin.get("client", GLOBAL))
     name = f"client-{client}" if client.isdigit() else GLOBAL
