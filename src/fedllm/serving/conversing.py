@@ -197,6 +197,7 @@ def wish_of(
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         top_logprobs=top,
         keeps_controls=keeps_controls,
+        ignores_end=bool(request.ignore_eos),
     )
 
 

@@ -48,7 +48,7 @@ class Generation:
     tell: Callable[[Piece], None]
     """Called on the engine's thread; must be quick and must not raise."""
     ignores_end: bool = False
-    """Whether to go on after the end of the turn (for measurements)."""
+    """Whether to go on after the end of the turn."""
     tokens: list[int] = field(default_factory=list)
     asked_s: float = field(default_factory=time.perf_counter)
     """When it was asked."""

@@ -53,6 +53,8 @@ class Wish:
     top_logprobs: int | None = None
     keeps_controls: bool = False
     """Whether control tokens are written, too."""
+    ignores_end: bool = False
+    """Whether an answer goes on after the end of its turn."""
 
 
 class Host:
@@ -149,6 +151,7 @@ class Host:
             writer=Writer(self.tokenizer, wish.stop, keeps_controls=wish.keeps_controls),
             random=rng(seed, "choice", i),
             tell=tell,
+            ignores_end=wish.ignores_end,
         )
 
     def _sampling(self, wish: Wish) -> Sampling:

@@ -136,6 +136,8 @@ class Asked(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=100000), WHOLE] | None = None
     """Not in OpenAI's interface: draw among this many tokens; 0 means all."""
+    ignore_eos: bool | None = None
+    """Not in OpenAI's interface: go on after the end of the turn, for measurements."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: Stop | Stops | None = None
