@@ -363,16 +363,9 @@ def test_a_full_queue_is_429_with_retry_after(tmp_path: Path) -> None:
     host = host_of(tmp_path, Limits(max_batch=1, max_queue=1, kv_bytes=2**28))
     say(host, "again " * 300)
     with live(host) as url, connect(url) as client:
-        streams = []
-        for _ in range(2):
-            stream = (
-                client.chat.completions.create(
-                    model="base", messages=ASKED, stream=True, max_tokens=300, timeout=20
-                )
-                if not streams
-                else None
-            )
-            streams.append(stream)
+        running = client.chat.completions.create(
+            model="base", messages=ASKED, stream=True, max_tokens=300
+        )
         waiting = threading.Thread(
             target=lambda: httpx.post(
                 f"{url}/v1/chat/completions",
@@ -387,8 +380,10 @@ def test_a_full_queue_is_429_with_retry_after(tmp_path: Path) -> None:
         with pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(model="base", messages=ASKED)
         assert int(caught.value.response.headers["retry-after"]) >= 1
-        assert streams[0] is not None
-        streams[0].close()
+        many = {"model": "base", "prompt": "a", "n": 2, "max_tokens": 1}
+        refused = httpx.post(f"{url}/v1/completions", json=many)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_many_answers")
+        running.close()
         waiting.join(timeout=20)
         assert not waiting.is_alive()
 
@@ -435,6 +430,7 @@ def test_keys_are_asked_for_everywhere_but_at_the_health(host: Host) -> None:
         assert caught.value.code == "invalid_api_key"
         assert httpx.get(f"{url}/v1/models").headers["www-authenticate"] == "Bearer"
         assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/openapi.json").status_code == 401
         assert httpx.get(f"{url}/nowhere").status_code == 401
         assert httpx.get(f"{url}/health").json()["status"] == "ok"
 

@@ -20,8 +20,8 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/health", "/openapi.json")
-"""What may be read without a key."""
+OPEN_PATHS = ("/health",)
+"""What may be read without a key: whether the server lives, and no name of anything."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 log = logging.getLogger("fedllm.serving")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,6 +77,7 @@ class Host:
         told: Callable[[Generation], None] = lambda one: None,
     ) -> None:
         self.source = source
+        self._reading = threading.Lock()  # fast tokenizers do not like to be set up twice at once
         loaded = load_model(source.model, kind="causal-lm")
         adapters = {name: read_adapter(path) for name, path in source.adapters.items()}
         _check_bases(source, loaded)
@@ -112,13 +114,15 @@ class Host:
             Refusal: If the chat template refuses it.
         """
         try:
-            return list(self.renderer.prompt_ids(messages, tuple(tools), where="messages"))
+            with self._reading:
+                return list(self.renderer.prompt_ids(messages, tuple(tools), where="messages"))
         except DataError as error:
             raise Refusal(400, str(error), param="messages") from None
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the tokens of a text that is to be continued."""
-        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+        with self._reading:
+            return [int(token) for token in self.tokenizer(text)["input_ids"]]
 
     def spell(self, token: int) -> str:
         """Return the text of one token."""

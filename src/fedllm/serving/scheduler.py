@@ -89,6 +89,14 @@ class Scheduler:
         Raises:
             Refusal: If the queue is full, the server stops, or one could never be run.
         """
+        if len(group) > self.limits.max_queue:
+            raise Refusal(
+                413,
+                f"{len(group)} answers are asked for at once, and {self.limits.max_queue} may"
+                " wait; ask for fewer",
+                code="too_many_answers",
+                param="n",
+            )
         for one in group:
             needed = one.size * self._batch.token_bytes
             if needed > self.limits.kv_bytes:
