@@ -11,6 +11,7 @@ from rich.console import Console
 
 import fedllm
 from fedllm.cli.chat import chat
+from fedllm.cli.data import data_app
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
 from fedllm.cli.serve import serve
 from fedllm.cli.sum_up import compare, report
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 
 app.add_typer(trace_app, name="trace")
+app.add_typer(data_app, name="data")
 app.command()(report)
 app.command()(compare)
 app.command()(chat)

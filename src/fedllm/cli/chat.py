@@ -27,29 +27,38 @@ Several lines: put them between \"\"\" and \"\"\", or end each but the last with
 Ctrl-C stops an answer."""
 
 
+System = Annotated[
+    Optional[str],  # noqa: UP045  # typer reads this at run time
+    typer.Option("--system", metavar="TEXT", help="What the model is told first."),
+]
+Model = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--model", metavar="NAME", help="Which adapter answers at first."),
+]
+Temperature = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        "--temperature", min=0.0, max=2.0, help="Default as the model says; 0 takes the likeliest."
+    ),
+]
+MaxTokens = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--max-tokens", min=1, help="Longest answer; default as the model says."),
+]
+Seed = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--seed", help="The same seed gives the same answers."),
+]
+
+
 def chat(
     source: SourceArgument,
     adapter: AdapterOption = None,
-    system: Annotated[
-        Optional[str],  # noqa: UP045  # typer reads this at run time
-        typer.Option(metavar="TEXT", help="What the model is told first."),
-    ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME", help="Which adapter answers at first."),
-    ] = None,
-    temperature: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=0.0, max=2.0, help="Default as the model says; 0 takes the likeliest."),
-    ] = None,
-    max_tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Longest answer; default as the model says."),
-    ] = None,
-    seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="The same seed gives the same answers."),
-    ] = None,
+    system: System = None,
+    model: Model = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:

@@ -37,42 +37,56 @@ Dtype = Annotated[
     Optional[Literal["auto", "float32", "bfloat16", "float16"]],  # noqa: UP045
     typer.Option(help="Number format of the base; default as recorded."),
 ]
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")]
+KeyFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--api-key-file", metavar="FILE", help="Lines of name:key; else FEDLLM_API_KEYS is read."
+    ),
+]
+NoAuth = Annotated[bool, typer.Option("--no-auth", help="Serve a public address without keys.")]
+MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Answers written together.")]
+MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Answers that may wait.")]
+KVMemory = Annotated[
+    int,
+    typer.Option(
+        "--kv-memory-mb", min=0, help="For keys and values; 0 takes half of what is free."
+    ),
+]
+MaxBody = Annotated[int, typer.Option("--max-body-kb", min=1, help="Largest body of a request.")]
+Grace = Annotated[
+    int, typer.Option("--grace-s", min=0, help="How long running answers may take to end.")
+]
+EngineOption = Annotated[
+    Literal["fedllm", "vllm"], typer.Option("--engine", help="What writes the answers.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No line for each request.")]
 _MIB = 2**20
 
 
 def serve(
     source: SourceArgument,
     adapter: AdapterOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Lines of name:key; else FEDLLM_API_KEYS is read."),
-    ] = None,
-    no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Serve a public address without keys.")
-    ] = False,
+    host: HostOption = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: KeyFile = None,
+    no_auth: NoAuth = False,
     device: Device = None,
     dtype: Dtype = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Answers written together.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=1, help="Answers that may wait.")] = 128,
-    kv_memory_mb: Annotated[
-        int, typer.Option(min=0, help="For keys and values; 0 takes half of what is free.")
-    ] = 0,
-    max_body_kb: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 2048,
-    grace_s: Annotated[
-        int, typer.Option(min=0, help="How long running answers may take to end.")
-    ] = 30,
-    engine: Annotated[
-        Literal["fedllm", "vllm"], typer.Option(help="What writes the answers.")
-    ] = "fedllm",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line for each request.")] = False,
+    max_batch: MaxBatch = 32,
+    max_queue: MaxQueue = 128,
+    kv_memory_mb: KVMemory = 0,
+    max_body_kb: MaxBody = 2048,
+    grace_s: Grace = 30,
+    engine: EngineOption = "fedllm",
+    quiet: Quiet = False,
 ) -> None:
     """Serve a model and all its adapters over HTTP, as OpenAI does."""
     with reported():
         from fedllm.serving.keys import ENVIRONMENT, read_keys
         from fedllm.serving.scheduler import Limits
-        from fedllm.serving.server import Address
+        from fedllm.serving.server import Address, Terms
         from fedllm.serving.server import serve as start
         from fedllm.serving.vllm import launch
 
@@ -83,14 +97,9 @@ def serve(
         if engine == "vllm":
             launch(found, address)
         _log_to_stderr(is_quiet=quiet)
-        start(
-            found,
-            address,
-            Limits(max_batch=max_batch, max_queue=max_queue, kv_bytes=kv_memory_mb * _MIB),
-            max_body_bytes=max_body_kb * 1024,
-            grace_s=grace_s,
-            ready=_ready,
-        )
+        limits = Limits(max_batch=max_batch, max_queue=max_queue, kv_bytes=kv_memory_mb * _MIB)
+        terms = Terms(max_body_kb * 1024, grace_s)
+        start(found, address, limits, terms, ready=_ready)
 
 
 def resolve(

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedllm.data.marks import Rendered
 from fedllm.data.overlong import Talk
 from fedllm.data.template import Tokenizer
 from fedllm.data.tokens import Span
 
 if TYPE_CHECKING:
-    from fedllm.data.render import Rendered, Renderer, Turn
+    from fedllm.data.render import Renderer
 
 
 def tokenise(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Talk]:
@@ -82,14 +83,11 @@ def _by_pieces(renderer: Renderer, one: Rendered) -> tuple[list[int], list[Span]
     So no token reaches over the boundary between them, and control tokens of the data stay text.
     """
     *earlier, last = one.turns
-    tokens, spans = prompt_tokens(renderer, _cut(one, last.start, earlier))
+    prompt = Rendered(one.text[: last.start], tuple(earlier))
+    tokens, spans = prompt_tokens(renderer, prompt)
     start = len(tokens)
     tokens = tokens + piece(renderer, one.text[last.start : last.end], is_first=False)
     return tokens, [*spans, (start, len(tokens))]
-
-
-def _cut(one: Rendered, end: int, turns: Sequence[Turn]) -> Rendered:
-    return type(one)(one.text[:end], tuple(turns))
 
 
 def piece(renderer: Renderer, text: str, *, is_first: bool) -> list[int]:

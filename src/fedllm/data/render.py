@@ -10,12 +10,12 @@ they stay text.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fedllm.data import pieces, support
+from fedllm.data import marks, pieces, support
+from fedllm.data.marks import Rendered, Turn
 from fedllm.data.rows import Message
 from fedllm.data.template import FIXED, Tokenizer
 from fedllm.data.turns import Tools, as_turns, escaped
@@ -27,29 +27,6 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _ESCAPED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _PROBE = "\ufdd2"
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Where one answer stands in a rendered text."""
-
-    start: int
-    """First character after the prompt."""
-    end: int
-    """First character after the end of the turn."""
-    message: int
-    """Which message of the conversation it is."""
-    is_learned: bool = True
-    """Whether it is supervised, or only read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as text; control tokens of the data are escaped."""
-
-    text: str
-    turns: tuple[Turn, ...]
-    """The answers in it, the last of which ends the text, unless that is a prompt."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +90,25 @@ class Renderer:
             DataError: If the template refuses a conversation.
         """
         turns = [self._turns(c) for c in conversations]
-        if tools is None or not any(tools):
+        return self._texts(turns, wheres, tools or [()] * len(turns), generation=generation)
+
+    def _texts(
+        self,
+        turns: Sequence[list[TemplateTurn]],
+        wheres: Sequence[str],
+        tools: Sequence[Tools],
+        *,
+        generation: bool,
+    ) -> list[str]:
+        """Write all conversations without tools in one call, and the others one by one."""
+        if not any(tools):
             return self._written(turns, wheres, (), generation=generation)
         texts = [""] * len(turns)
         plain = [i for i, of_row in enumerate(tools) if not of_row]
-        for i, text in zip(
-            plain,
-            self._written(
-                [turns[i] for i in plain], [wheres[i] for i in plain], (), generation=generation
-            ),
-            strict=True,
-        ):
+        found = self._written(
+            [turns[i] for i in plain], [wheres[i] for i in plain], (), generation=generation
+        )
+        for i, text in zip(plain, found, strict=True):
             texts[i] = text
         for i, of_row in enumerate(tools):
             if of_row:
@@ -199,12 +184,13 @@ class Renderer:
         conversations = [_up_to_the_last_learned(talk) for talk in conversations]
         for talk, where, of_row in zip(conversations, wheres, tools, strict=True):
             self.support.check(talk, of_row, where)
-        texts = self.write(conversations, wheres, tools=tools)
+        turns = [self._turns(talk) for talk in conversations]
+        texts = self._texts(turns, wheres, tools, generation=False)
         asked = [(row, i) for row, talk in enumerate(conversations) for i in _answers(talk)]
-        prompts = self.write(
-            [conversations[row][:i] for row, i in asked],
+        prompts = self._texts(
+            [turns[row][:i] for row, i in asked],
             [wheres[row] for row, _ in asked],
-            tools=[tools[row] for row, _ in asked],
+            [tools[row] for row, _ in asked],
             generation=True,
         )
         by_row: list[list[tuple[int, str]]] = [[] for _ in texts]
@@ -239,7 +225,7 @@ class Renderer:
             tools=[tools] * len(answers),
             generation=True,
         )
-        turns = self._found(text, messages, list(zip(answers, heads, strict=True)))
+        turns = marks.found(self, text, messages, list(zip(answers, heads, strict=True)))
         return pieces.prompt_tokens(self, Rendered(text, turns))[0]
 
     def _mark(
@@ -252,53 +238,12 @@ class Renderer:
     ) -> Rendered:
         """Find the answers by prefix difference; those the template rewrites later are masked."""
         *_, (i, prompt) = prompts
-        turns = self._found(text, messages, prompts)
+        turns = marks.found(self, text, messages, prompts)
         if not turns or turns[-1].message != i:  # inference will see this prompt, so training does
             (before,) = self.write([messages[:i]], [where], tools=[tools])
-            text = prompt + self._spoken(text, prompt, before, messages[i])
+            text = prompt + marks.spoken(self, text, prompt, before, messages[i])
             turns = (Turn(len(prompt), len(text), i),)
         return Rendered(text[: turns[-1].end], turns)
-
-    def _found(
-        self, text: str, messages: Sequence[Message], prompts: Sequence[tuple[int, str]]
-    ) -> tuple[Turn, ...]:
-        turns = []
-        for i, prompt in prompts:
-            end = self._end(text, len(prompt), messages[i], is_last=i == len(messages) - 1)
-            if text.startswith(prompt) and end is not None:
-                turns.append(Turn(len(prompt), end, i, messages[i].is_learned))
-        return tuple(turns)
-
-    def _end(self, text: str, start: int, answer: Message, *, is_last: bool) -> int | None:
-        """Return where an answer ends; None where that cannot be told."""
-        mark = self.escape(answer.content).strip()
-        if self.end_of_turn and (is_last or self.ends_every_turn):
-            mark = self.end_of_turn
-        elif answer.tool_calls:  # written as the template likes, up to the end of the text
-            return len(text.rstrip()) if is_last else None
-        elif answer.reasoning is not None:
-            thought = self.escape(answer.reasoning).strip()
-            start = max(text.find(thought, start) + len(thought), start)
-        at = text.find(mark, start)
-        return None if at < 0 else at + len(mark)
-
-    def _spoken(self, text: str, prompt: str, before: str, answer: Message) -> str:
-        """Return the last answer of a text that does not start with the prompt before it.
-
-        Either the prompt ends with more than the text has there (an opened thought), or the
-        template writes what comes before the answer in another way.
-        """
-        if text.startswith(before):
-            start = bisect_left(
-                range(len(prompt)), True, key=lambda n: text[: n + 1] != prompt[: n + 1]
-            )
-        else:
-            start = _behind_the_end_of(prompt, text)
-        end = self._end(text, start, answer, is_last=True)
-        content = self.escape(answer.content).strip()
-        if end is not None and (answer.tool_calls or content in text[start:end]):
-            return text[start:end]
-        return content + (self.end_of_turn or "")
 
 
 def make_renderer(tokenizer: Tokenizer, template: str) -> Renderer:
@@ -331,9 +276,3 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 def _up_to_the_last_learned(messages: Sequence[Message]) -> Sequence[Message]:
     last = max(i for i in _answers(messages) if messages[i].is_learned)
     return messages[: last + 1]
-
-
-def _behind_the_end_of(prompt: str, text: str) -> int:
-    """Return where in the text the longest end of the prompt that stands in it ends."""
-    length = bisect_left(range(len(prompt)), True, key=lambda n: prompt[-n - 1 :] not in text)
-    return text.rfind(prompt[len(prompt) - length :]) + length

@@ -37,6 +37,7 @@ def as_turns(
     pending: list[str] = []
     for message in messages:
         turn: Turn = {"role": message.role, "content": escape(message.content)}
+        turns.append(turn)
         if message.reasoning is not None:
             thought = escape(message.reasoning)
             if has_reasoning_field():
@@ -44,13 +45,12 @@ def as_turns(
             else:
                 turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content']}"
         if message.tool_calls:
-            ids = [_call_id(c, len(turns), wants_short_ids) for c in message.tool_calls]
+            ids = [_call_id(c, len(turns) - 1, wants_short_ids) for c in message.tool_calls]
             pending = [i for i in ids if i is not None]
             calls = zip(ids, message.tool_calls, strict=True)
             turn["tool_calls"] = [_as_call(name, call, escape) for name, call in calls]
         if message.role == "tool":
             turn |= _as_result(message, pending, escape, wants_short_ids)
-        turns.append(turn)
     return turns
 
 

@@ -88,7 +88,7 @@ def overview(run: RunDir) -> Overview:
         name=run.path.name,
         algorithm=config.algorithm.name,
         model=config.model.path,
-        data=config.data.path,
+        data=config.data.source,
         partition=config.federation.partition.name,
         seed=config.seed,
         num_clients=config.federation.num_clients,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
-import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ from fedllm.serving.keys import Keys
 from fedllm.serving.scheduler import Limits
 from fedllm.serving.sources import Source
 
-log = logging.getLogger("fedllm.serving")
+Ready = Callable[[Sequence[str], str], None]
 
 
 @dataclass(frozen=True)
@@ -43,23 +41,24 @@ class Address:
         )
 
 
-def serve(
-    source: Source,
-    address: Address,
-    limits: Limits,
-    *,
-    max_body_bytes: int,
-    grace_s: int,
-    ready: Callable[[Sequence[str], str], None] = lambda names, url: None,
-) -> None:
+@dataclass(frozen=True)
+class Terms:
+    """What a server takes, and how it ends."""
+
+    max_body_bytes: int = 2**21
+    """Largest body of a request."""
+    grace_s: int = 30
+    """How long answers may take to end once the server is asked to stop."""
+
+
+def serve(source: Source, address: Address, limits: Limits, terms: Terms, *, ready: Ready) -> None:
     """Load what is served, answer until SIGINT or SIGTERM, and let running answers end.
 
     Args:
         source: What is served.
         address: Where.
         limits: How much is taken on at once.
-        max_body_bytes: Largest body of a request.
-        grace_s: How long answers may take to end once the server is asked to stop.
+        terms: What is taken, and how it ends.
         ready: Called with the models' names and the address once requests are taken.
 
     Raises:
@@ -68,9 +67,8 @@ def serve(
     """
     address.check()
     try:
-        import uvicorn
-
         from fedllm.serving.app import Bounds, make_app
+        from fedllm.serving.listening import listen
     except ImportError as error:
         raise MissingExtraError(error.name or "uvicorn", "serve", "fedllm serve") from None
     from fedllm.serving.figures import Figures
@@ -79,25 +77,8 @@ def serve(
     listener = _listener(address)
     figures = Figures()
     host = Host(source, limits, figures.over)
-    app = make_app(host, address.keys, figures, Bounds(max_body_bytes=max_body_bytes))
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                ready(host.names, _url(listener))
-
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=grace_s,
-        server_header=False,
-    )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn takes them over while it runs and raises them once more when it has ended
-        signal.signal(number, lambda *_: None)
-    Server(config).run(sockets=[listener])
+    app = make_app(host, address.keys, figures, Bounds(max_body_bytes=terms.max_body_bytes))
+    listen(app, listener, terms.grace_s, lambda: ready(host.names, _url(listener)))
 
 
 def _listener(address: Address) -> socket.socket:
