@@ -118,7 +118,9 @@ TOKENIZER = tiny_tokenizer("qwen2.5")
     text=st.text(st.sampled_from("ab c\né中🙂"), max_size=30),
     stop=st.lists(st.text(st.sampled_from("ab c\né"), min_size=1, max_size=4), max_size=3),
 )
-def test_text_is_written_once_and_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
+def test_text_is_written_once_and_up_to_the_stop_string_that_is_complete_first(
+    text: str, stop: list[str]
+) -> None:
     writer = Writer(TOKENIZER, stop)
     parts = []
     for token in TOKENIZER(text)["input_ids"]:
@@ -126,8 +128,8 @@ def test_text_is_written_once_and_up_to_the_first_stop_string(text: str, stop: l
         if writer.is_stopped:
             break
     parts.append(writer.finish())
-    ends = [text.index(one) for one in stop if one in text]
-    assert "".join(parts) == (text[: min(ends)] if ends else text)
+    ends = [(text.index(one) + len(one), text.index(one)) for one in stop if one in text]
+    assert "".join(parts) == (text[: min(ends)[1]] if ends else text)
     assert writer.is_stopped == bool(ends)
 
 

@@ -63,10 +63,11 @@ class Writer:
         if not self._stop:
             return fresh
         text = self._held + fresh
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        # the one that is complete first counts, however the text is divided into tokens
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.is_stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
