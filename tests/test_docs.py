@@ -17,6 +17,7 @@ from typing import cast
 import pytest
 import typer
 import yaml
+from cli_world import spawn
 from door import MAKE_TARGETS, extras
 from typer.testing import CliRunner
 
@@ -107,6 +108,16 @@ def fedllm(*words: str) -> str:
     return done.output
 
 
+def serve(*words: str) -> None:
+    """Start a server, and stop it once it takes requests."""
+    process = spawn("serve", *words, "--port", "0")
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(2)]
+    process.terminate()
+    assert process.wait(60) == 0, process.communicate()[1]
+    assert lines[1].startswith("ready: http://")
+
+
 def carry_out(command: str) -> None:
     """Run a documented command on a small scale, or check it where it would install something."""
     first, *words = shlex.split(command)
@@ -121,6 +132,8 @@ def carry_out(command: str) -> None:
         case "fedllm", "bench", str(matrix), *rest:
             few = ("algorithms=[fedit]", "settings={small: {}}", "seeds=[0]", "references={}")
             fedllm("bench", matrix, *rest, *few, *(f"base.{word}" for word in SMALL))
+        case "fedllm", "serve", *rest:
+            serve(*rest)
         case "fedllm", *_:
             fedllm(*words)
         case "python", "-m", module:

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 
 import fedllm
+from fedllm.cli.chat import chat
 from fedllm.cli.data import data_app
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
 from fedllm.cli.evaluate import evaluate
 from fedllm.cli.export import export
+from fedllm.cli.serve import serve
 from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
 from fedllm.config import Config
@@ -36,6 +38,8 @@ app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(compare)
 app.command()(export)
+app.command()(chat)
+app.command()(serve)
 
 Words = Annotated[
     list[str] | None,
