@@ -1,8 +1,9 @@
 """The configuration tree and the way from YAML to it. No torch here."""
 
+from fedllm.config.central import CentralConfig, is_central
 from fedllm.config.exchange import CommunicationConfig, Named, PrivacyConfig, UpdatesConfig
 from fedllm.config.execution import ExecutionConfig
-from fedllm.config.load import apply_overrides, dump, read, validate
+from fedllm.config.load import apply_overrides, dump, read, validate, validate_central
 from fedllm.config.ranks import (
     BudgetRange,
     RankDistribution,
@@ -56,6 +57,7 @@ __all__ = [
     "Availability",
     "BudgetRange",
     "BufferedSchedule",
+    "CentralConfig",
     "CheckpointConfig",
     "CommunicationConfig",
     "Config",
@@ -88,8 +90,10 @@ __all__ = [
     "UpdatesConfig",
     "apply_overrides",
     "dump",
+    "is_central",
     "means_mixed_ranks",
     "ranks_in",
     "read",
     "validate",
+    "validate_central",
 ]
