@@ -18,7 +18,7 @@ VIEWS: Mapping[str, tuple[str, ...]] = {
 }
 """Name of a view (who is tested, and how it is summed up) to its place in an evaluation."""
 
-_FALLING = frozenset({"loss", "perplexity"})
+_FALLING = frozenset({"loss", "perplexity", "preference_loss"})
 
 
 @dataclass(frozen=True)

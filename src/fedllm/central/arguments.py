@@ -1,0 +1,169 @@
+"""What TRL's trainers are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedllm.central.tuning import Tuned
+from fedllm.config import CentralConfig
+from fedllm.errors import ConfigError, unknown
+from fedllm.seeding import derive
+
+_OPTIMIZERS = {"adamw": "adamw_torch"}
+_BETAS = {"simpo": 2.0, "grpo": 0.0}
+_NO_LIMIT_S = 10 * 365 * 24 * 3600
+_LARGEST_SEED = 2**32
+
+
+def arguments(config: CentralConfig, tuned: Tuned, folder: Path) -> dict[str, Any]:
+    """Return the keyword arguments of a trainer's settings.
+
+    Args:
+        config: The checked configuration.
+        tuned: The model.
+        folder: Where checkpoints go.
+
+    Raises:
+        ConfigError: If an optimiser or a scheduler is not one of transformers'.
+    """
+    training = config.training
+    _check_names(config)
+    half = autocast(config, tuned.loaded.model.dtype)
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "num_train_epochs": training.epochs or 1.0,
+        "max_steps": training.max_steps or -1,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.scheduler,
+        "warmup_steps": training.warmup,
+        "optim": _OPTIMIZERS.get(training.optimizer, training.optimizer),
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1],
+        "adam_epsilon": training.epsilon,
+        "max_grad_norm": training.max_grad_norm,
+        "neftune_noise_alpha": training.neftune_alpha,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": half is torch.bfloat16,
+        "fp16": half is torch.float16,
+        "use_cpu": tuned.loaded.model.device.type == "cpu",
+        "seed": derive(config.seed, "training") % _LARGEST_SEED,
+        "data_seed": derive(config.seed, "order") % _LARGEST_SEED,
+        "logging_steps": training.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": [] if config.tracking == "none" else [config.tracking],
+        "run_name": config.name,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": training.dataloader_workers,
+        "dataloader_pin_memory": tuned.loaded.model.device.type == "cuda",
+        "ddp_timeout": _NO_LIMIT_S,
+        "deepspeed": training.deepspeed,
+        "fsdp": training.fsdp or "",
+        "fsdp_config": training.fsdp_config,
+        **_of_order(config),
+        **_of_stage(config),
+    }
+
+
+def autocast(config: CentralConfig, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of the arithmetic where it is not that of the weights.
+
+    Args:
+        config: The checked configuration.
+        dtype: In which the model is held.
+    """
+    match config.training.precision:
+        case "bfloat16":
+            return torch.bfloat16
+        case "float16":
+            return torch.float16
+        case "auto" if dtype in (torch.bfloat16, torch.float16):
+            return dtype
+        case _:
+            return None
+
+
+def _of_order(config: CentralConfig) -> dict[str, Any]:
+    """Return what decides the order of rows; GRPO has a sampler of its own."""
+    if config.stage == "grpo":
+        return {"shuffle_dataset": config.training.shuffle}
+    is_drawn = config.training.shuffle and config.stage != "kto"
+    return {"train_sampling_strategy": "random" if is_drawn else "sequential"}
+
+
+def _of_stage(config: CentralConfig) -> dict[str, Any]:
+    """Return the settings of a stage's own objective."""
+    objective = config.objective
+    beta = objective.beta if objective.beta is not None else _BETAS.get(config.stage, 0.1)
+    match config.stage:
+        case "sft" | "pt":
+            return {
+                "dataset_kwargs": {"skip_prepare_dataset": True},
+                "padding_free": config.is_packed,
+                "max_length": None,
+            }
+        case "dpo":
+            losses, weights = [objective.loss], [1.0]
+            if objective.sft_weight:
+                losses, weights = [*losses, "sft"], [*weights, objective.sft_weight]
+            return {
+                "beta": beta,
+                "loss_type": losses,
+                "loss_weights": weights,
+                "label_smoothing": objective.label_smoothing,
+                "max_length": None,
+            }
+        case "kto":
+            return {
+                "beta": beta,
+                "desirable_weight": objective.desirable_weight,
+                "undesirable_weight": objective.undesirable_weight,
+                "max_length": None,
+            }
+        case "rm":
+            return {"max_length": None}
+        case "orpo":
+            return {"beta": beta, "max_length": config.data.max_length}
+        case "simpo":
+            return {
+                "beta": beta,
+                "loss_type": "simpo",
+                "simpo_gamma": objective.simpo_gamma,
+                "cpo_alpha": 0.0,
+                "label_smoothing": objective.label_smoothing,
+                "max_length": config.data.max_length,
+            }
+        case "grpo":
+            return {
+                "beta": beta,
+                "num_generations": objective.num_generations,
+                "max_completion_length": objective.max_new_tokens,
+                "temperature": objective.temperature,
+            }
+
+
+def _check_names(config: CentralConfig) -> None:
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    training = config.training
+    wrong = []
+    optimizers = {"adamw", *(name.value for name in OptimizerNames)}
+    if training.optimizer not in optimizers:
+        wrong.append(f"training.optimizer: {unknown('optimizer', training.optimizer, optimizers)}")
+    schedulers = {name.value for name in SchedulerType}
+    if training.scheduler not in schedulers:
+        wrong.append(f"training.scheduler: {unknown('scheduler', training.scheduler, schedulers)}")
+    if wrong:
+        raise ConfigError(wrong)

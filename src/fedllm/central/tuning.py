@@ -1,0 +1,220 @@
+"""Which weights of a loaded model are trained, and how they are written down afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedllm.adapters import Adapter, initial
+from fedllm.adapters.names import name_a, name_b
+from fedllm.adapters.peft_format import ORIGIN_FILE, save_peft
+from fedllm.central.stages import STAGES
+from fedllm.config import CentralConfig
+from fedllm.errors import ModelError
+from fedllm.models import LoadedModel, head_modules, linear_shape, target_modules
+from fedllm.seeding import derive
+
+ADAPTER, MODEL = "adapter", "model"
+"""Folder of a run that holds what was trained: by low rank, or whole weights."""
+
+
+class Tuned:
+    """A model of which some weights can be trained.
+
+    Args:
+        loaded: The base; it is changed.
+        config: Which weights.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: CentralConfig) -> None:
+        self.loaded, self.config = loaded, config
+        self.layers: tuple[str, ...] = ()
+        """Layers that have an adapter."""
+        self.conv1d: tuple[str, ...] = ()
+        """Those of them that store their weight as (in, out), as GPT-2's do."""
+        self.base_hash = loaded.base_hash
+        self.model: Any = loaded.model
+        _make_differentiable(self.model)
+        match config.adapter.method:
+            case "lora":
+                self._add_lora()
+            case "freeze":
+                _train(part for _, part in self._chosen_layers())
+            case "full":
+                _train([self.model])
+        self.start = self._factors() if config.adapter.init == "pissa" else {}
+        """The factors as they were, where part of the base moved into them."""
+
+    @property
+    def body(self) -> Any:
+        """The transformers model, with its adapters in it."""
+        is_lora = self.config.adapter.method == "lora"
+        return self.model.get_base_model() if is_lora else self.model
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder for what was trained."""
+        return ADAPTER if self.config.adapter.method == "lora" else MODEL
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return what is trained, by name."""
+        named = self.model.named_parameters()
+        return {name: tensor for name, tensor in named if tensor.requires_grad}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put trained tensors back that `trained` returned."""
+        with torch.no_grad():
+            for name, tensor in self.trained().items():
+                tensor.copy_(tensors[name])
+
+    def save(self, folder: Path, version: int) -> None:
+        """Write what was trained, with the tokenizer and its template.
+
+        Args:
+            folder: Made if missing.
+            version: Optimiser steps.
+        """
+        origin = {
+            "algorithm": f"central {self.config.stage}",
+            "version": str(version),
+            "client": "global",
+            "base_hash": self.base_hash,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.config.adapter.method != "lora":
+            self.model.save_pretrained(folder)
+        elif self.config.adapter.dora:
+            # lengths of columns have no place among low-rank factors
+            self.model.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)
+            text = json.dumps(origin, indent=2, sort_keys=True)
+            (folder / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
+        else:
+            save_peft(
+                self.adapter(),
+                folder,
+                base_model=self.loaded.source,
+                task_type="CAUSAL_LM" if self.loaded.kind == "causal-lm" else "SEQ_CLS",
+                conv1d_modules=self.conv1d,
+                dropout=self.config.adapter.dropout,
+                metadata=origin,
+            )
+        self.loaded.tokenizer.save_pretrained(folder)
+
+    def adapter(self) -> Adapter:
+        """Return what was trained as low-rank factors on the base as it was loaded."""
+        now, scaling = self._factors(), self.config.adapter.scaling
+        if self.start:
+            # B A - B0 A0, where the base has lost B0 A0
+            for layer in self.layers:
+                a, b = name_a(layer), name_b(layer)
+                now[b] = torch.cat([now[b], -self.start[b]], dim=1)
+                now[a] = torch.cat([now[a], self.start[a]])
+        heads = head_modules(self.body, self.loaded.kind)
+        for name, tensor in self._head_tensors(heads):
+            now[name] = tensor.detach().float().cpu().clone()
+        return Adapter(now, dict.fromkeys(self.layers, scaling))
+
+    def _head_tensors(self, heads: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+        for head in heads:
+            module = self.body.get_submodule(head)
+            kept = getattr(module, "modules_to_save", None)
+            whole = kept["default"] if kept is not None else module
+            if ".modules_to_save" in head:
+                continue
+            for name, tensor in whole.named_parameters():
+                yield f"{head}.{name}", tensor
+
+    def _factors(self) -> dict[str, Tensor]:
+        """Copy both factors of every adapted layer, by our names."""
+        found = {}
+        for layer in self.layers:
+            module = self.body.get_submodule(layer)
+            for name, own in ((name_a(layer), module.lora_A), (name_b(layer), module.lora_B)):
+                found[name] = own["default"].weight.detach().float().cpu().clone()
+        return found
+
+    def _add_lora(self) -> None:
+        """Wrap layers in adapters that start as those of a federated run do."""
+        from peft import LoraConfig, get_peft_model
+
+        adapter, body = self.config.adapter, self.loaded.model
+        self.layers = target_modules(body, adapter.targets)
+        shapes = {}
+        for name in self.layers:
+            module = body.get_submodule(name)
+            rows_columns = linear_shape(module)
+            assert rows_columns is not None
+            shapes[name] = (rows_columns[1], rows_columns[0])
+            if type(module).__name__ == "Conv1D":
+                self.conv1d = (*self.conv1d, name)
+        settings = LoraConfig(
+            task_type="CAUSAL_LM" if self.loaded.kind == "causal-lm" else "SEQ_CLS",
+            base_model_name_or_path=self.loaded.source,
+            r=adapter.rank,
+            lora_alpha=adapter.alpha if adapter.alpha is not None else 2.0 * adapter.rank,
+            lora_dropout=adapter.dropout,
+            use_rslora=adapter.rslora,
+            use_dora=adapter.dora,
+            init_lora_weights=True if adapter.init == "default" else adapter.init,
+            target_modules=list(self.layers),
+            fan_in_fan_out=bool(self.conv1d),
+            modules_to_save=list(head_modules(body, self.loaded.kind)) or None,
+        )
+        self.model = get_peft_model(body, settings)
+        if adapter.init == "default":
+            seed = derive(self.config.seed, "adapter")
+            start = initial(shapes, adapter.rank, adapter.scaling, seed)
+            with torch.no_grad():
+                for layer in self.layers:
+                    own = self.body.get_submodule(layer).lora_A["default"].weight
+                    own.copy_(start[name_a(layer)])
+
+    def _chosen_layers(self) -> list[tuple[str, nn.Module]]:
+        """Return the layers that `freeze` trains, and the head of a reward model."""
+        lists = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) > 1
+        ]
+        if not lists:
+            raise ModelError(
+                f"{type(self.model).__name__} has no list of layers that adapter.method: freeze"
+                " could choose from; choose lora or full"
+            )
+        name, layers = max(lists, key=lambda item: len(item[1]))
+        count = self.config.adapter.freeze_layers
+        if abs(count) > len(layers):
+            raise ModelError(
+                f"adapter.freeze_layers: {count}, but {type(self.model).__name__} has"
+                f" {len(layers)} layers"
+            )
+        numbers = range(len(layers))[-count:] if count > 0 else range(-count)
+        heads = head_modules(self.model, self.loaded.kind)
+        return [
+            *((f"{name}.{i}", layers[i]) for i in numbers),
+            *((head, self.model.get_submodule(head)) for head in heads),
+        ]
+
+
+def _train(parts: Iterable[nn.Module]) -> None:
+    """Let weights be trained, in fp32: steps of the optimiser are lost in fewer bits."""
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def _make_differentiable(model: Any) -> None:
+    """Undo what inference wants: a cache of keys and values."""
+    model.config.use_cache = False
+
+
+def stage_kind(stage: str) -> str:
+    """Return what the model of a stage does, as `fedllm.models` calls it."""
+    return "sequence-classification" if STAGES[stage].trainer == "Reward" else "causal-lm"
