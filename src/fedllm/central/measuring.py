@@ -159,7 +159,7 @@ def inference(tuned: Tuned) -> Iterator[None]:
     model, body = tuned.model, tuned.body
     was_training = model.training
     model.eval()
-    checkpoints = bool(getattr(body, "is_gradient_checkpointing", False))
+    checkpoints = tuned.config.training.gradient_checkpointing
     if checkpoints:
         body.gradient_checkpointing_disable()
     body.config.use_cache = True

@@ -9,12 +9,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from fedllm.central.checkpoints import complete_checkpoints, read_mark
-from fedllm.central.configure import check_central
 from fedllm.central.parts import Parts, build
 from fedllm.central.processes import agreed, barrier, is_first, join
 from fedllm.central.recording import CentralWatch, Recorder
+from fedllm.central.run_config import config_of
 from fedllm.central.stages import check_installed
-from fedllm.config import CentralConfig, dump, read
+from fedllm.config import CentralConfig, dump
 from fedllm.errors import RunError
 from fedllm.results import RunDir
 from fedllm.results.export import new_folder
@@ -53,21 +53,6 @@ def resume(path: Path, watch: CentralWatch) -> Path:
     parts = build(config, watch.say)
     found = complete_checkpoints(path)
     return _carry_out(parts, directory, path, found[-1] if found else None, watch)
-
-
-def config_of(path: Path) -> CentralConfig:
-    """Return the configuration of a central run.
-
-    Raises:
-        RunError: If there is none at `path`.
-    """
-    RunDir.open(path)
-    tree = read(path / "config.yaml")
-    if "stage" not in tree:
-        raise RunError(
-            f"{path} is a federated run. Continue it with: fedllm run --resume {path}"
-        )
-    return check_central(tree, str(path / "config.yaml"))
 
 
 def _locked(path: Path) -> RunDir:

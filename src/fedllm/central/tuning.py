@@ -16,7 +16,7 @@ from fedllm.adapters.peft_format import ORIGIN_FILE, save_peft
 from fedllm.central.stages import STAGES
 from fedllm.config import CentralConfig
 from fedllm.errors import ModelError
-from fedllm.models import LoadedModel, head_modules, linear_shape, target_modules
+from fedllm.models import Kind, LoadedModel, head_modules, linear_shape, target_modules
 from fedllm.seeding import derive
 
 ADAPTER, MODEL = "adapter", "model"
@@ -44,7 +44,8 @@ class Tuned:
             case "lora":
                 self._add_lora()
             case "freeze":
-                _train(part for _, part in self._chosen_layers())
+                layers = chosen_layers(self.model, loaded.kind, config.adapter.freeze_layers)
+                _train(part for _, part in layers)
             case "full":
                 _train([self.model])
         self.start = self._factors() if config.adapter.init == "pissa" else {}
@@ -175,31 +176,35 @@ class Tuned:
                     own = self.body.get_submodule(layer).lora_A["default"].weight
                     own.copy_(start[name_a(layer)])
 
-    def _chosen_layers(self) -> list[tuple[str, nn.Module]]:
-        """Return the layers that `freeze` trains, and the head of a reward model."""
-        lists = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) > 1
-        ]
-        if not lists:
-            raise ModelError(
-                f"{type(self.model).__name__} has no list of layers that adapter.method: freeze"
-                " could choose from; choose lora or full"
-            )
-        name, layers = max(lists, key=lambda item: len(item[1]))
-        count = self.config.adapter.freeze_layers
-        if abs(count) > len(layers):
-            raise ModelError(
-                f"adapter.freeze_layers: {count}, but {type(self.model).__name__} has"
-                f" {len(layers)} layers"
-            )
-        numbers = range(len(layers))[-count:] if count > 0 else range(-count)
-        heads = head_modules(self.model, self.loaded.kind)
-        return [
-            *((f"{name}.{i}", layers[i]) for i in numbers),
-            *((head, self.model.get_submodule(head)) for head in heads),
-        ]
+
+def chosen_layers(model: Any, kind: Kind, count: int) -> list[tuple[str, nn.Module]]:
+    """Return the layers that `freeze` trains, and the head of a reward model.
+
+    Args:
+        model: A transformers model.
+        kind: What it does.
+        count: How many of the last layers; a negative number means the first ones.
+
+    Raises:
+        ModelError: If it has no list of layers, or too short a one.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    ]
+    name, layers = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    if abs(count) > len(layers):
+        raise ModelError(
+            f"adapter.freeze_layers: {count}, but {type(model).__name__} has {len(layers)} layers"
+            " in a list. Give fewer, or choose adapter.method: lora or full"
+        )
+    numbers = range(len(layers))[-count:] if count > 0 else range(-count)
+    heads = head_modules(model, kind)
+    return [
+        *((f"{name}.{i}", layers[i]) for i in numbers),
+        *((head, model.get_submodule(head)) for head in heads),
+    ]
 
 
 def _train(parts: Iterable[nn.Module]) -> None:
@@ -215,6 +220,6 @@ def _make_differentiable(model: Any) -> None:
     model.config.use_cache = False
 
 
-def stage_kind(stage: str) -> str:
+def stage_kind(stage: str) -> Kind:
     """Return what the model of a stage does, as `fedllm.models` calls it."""
     return "sequence-classification" if STAGES[stage].trainer == "Reward" else "causal-lm"

@@ -13,6 +13,7 @@ import fedllm
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
 from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
+from fedllm.cli.train import train
 from fedllm.config import Config
 from fedllm.errors import FedLLMError, unknown
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(trace_app, name="trace")
 app.command()(report)
 app.command()(compare)
+app.command()(train)
 
 Words = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this at run time
