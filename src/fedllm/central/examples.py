@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedllm.central.stages import STAGES
-from fedllm.data import Dataset, TokenSet
+from fedllm.data import TokenSet
 from fedllm.errors import DataError
 
 if TYPE_CHECKING:
-    import datasets
     import numpy.typing as npt
+
+    from fedllm.central.tables import Settled
 
 IGNORED = -100
 """Label of a token that the loss does not count."""
 
 
-def examples(
-    stage: str, tokens: TokenSet, rows: Dataset, split: str, pack_to: int | None
-) -> datasets.Dataset:
+def examples(stage: str, tokens: TokenSet, pack_to: int | None) -> Settled:
     """Return a split as one of TRL's trainers takes it; `rows` names the rows of each example.
 
     Args:
         stage: The stage.
         tokens: The split's tokens.
-        rows: The data set, for the prompts of `grpo`.
-        split: `train` or `test`.
         pack_to: Most tokens of a pack of several rows; None keeps each row by itself.
 
     Raises:
@@ -44,7 +40,7 @@ def examples(
         case "rated":
             return _rated(tokens)
         case "prompts":
-            return _prompts(tokens, rows, split)
+            return _prompts(tokens)
 
 
 def pieces(tokens: TokenSet, longest: int) -> tuple[TokenSet, npt.NDArray[np.int64]]:
@@ -102,12 +98,14 @@ def bins(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
     return sorted(sorted(pack) for pack in packs)
 
 
-def _sequences(tokens: TokenSet, pack_to: int | None) -> datasets.Dataset:
+def _sequences(tokens: TokenSet, pack_to: int | None) -> Settled:
     """Return `input_ids` and `labels` of rows, or of packs with their `seq_lengths`."""
+    from fedllm.central.tables import flat
+
     labels = np.where(tokens.supervised, tokens.tokens, IGNORED)
     if pack_to is None:
         numbers = np.arange(len(tokens) + 1, dtype=np.int64)
-        return _table(
+        return flat(
             input_ids=(tokens.tokens, tokens.offsets),
             labels=(labels, tokens.offsets),
             rows=(numbers[:-1], numbers),
@@ -118,7 +116,7 @@ def _sequences(tokens: TokenSet, pack_to: int | None) -> datasets.Dataset:
     take = _positions(tokens.offsets[order], lengths)
     of_packs = np.cumsum([0, *(len(pack) for pack in packs)])
     ends = np.concatenate([[0], np.cumsum(lengths)])[of_packs]
-    return _table(
+    return flat(
         input_ids=(tokens.tokens[take], ends),
         labels=(labels[take], ends),
         seq_lengths=(lengths, of_packs),
@@ -126,8 +124,10 @@ def _sequences(tokens: TokenSet, pack_to: int | None) -> datasets.Dataset:
     )
 
 
-def _pairs(stage: str, tokens: TokenSet) -> datasets.Dataset:
+def _pairs(stage: str, tokens: TokenSet) -> Settled:
     """Return the better and the worse answer of each row, by the names its trainer uses."""
+    from fedllm.central.tables import listed
+
     worse = tokens.rejected
     if worse is None:
         raise DataError(f"stage {stage} needs pairs of answers, but the rows have one each")
@@ -152,15 +152,17 @@ def _pairs(stage: str, tokens: TokenSet) -> datasets.Dataset:
             columns[f"{name}_input_ids"] = [prompt + answer for prompt, answer in own]
             columns[f"{name}_attention_mask"] = [[1] * len(p + a) for p, a in own]
             columns[f"{name}_labels"] = [[IGNORED] * len(p) + a for p, a in own]
-    return _dataset({**columns, "rows": rows})
+    return listed({**columns, "rows": rows})
 
 
-def _rated(tokens: TokenSet) -> datasets.Dataset:
+def _rated(tokens: TokenSet) -> Settled:
     """Return prompts, answers and whether they are wanted."""
+    from fedllm.central.tables import listed
+
     if tokens.desirable is None:
         raise DataError("stage kto needs answers that are wanted or not, but no row says so")
     parts = [_split(tokens, i) for i in range(len(tokens))]
-    return _dataset(
+    return listed(
         {
             "prompt_ids": [prompt for prompt, _ in parts],
             "completion_ids": [answer for _, answer in parts],
@@ -170,11 +172,12 @@ def _rated(tokens: TokenSet) -> datasets.Dataset:
     )
 
 
-def _prompts(tokens: TokenSet, data: Dataset, split: str) -> datasets.Dataset:
+def _prompts(tokens: TokenSet) -> Settled:
     """Return the prompts, as token ids, with the answers that rewards compare with."""
+    from fedllm.central.tables import listed
 
     prompts = [tokens.row(i)[0][: tokens.prompt_lengths[i]].tolist() for i in range(len(tokens))]
-    return _dataset(
+    return listed(
         {
             "prompt": [str(i) for i in range(len(tokens))],
             "prompt_ids": prompts,
@@ -197,26 +200,3 @@ def _positions(
     shift = begin - (np.cumsum(lengths) - lengths)
     found: npt.NDArray[np.int64] = np.repeat(shift, lengths) + np.arange(int(lengths.sum()))
     return found
-
-
-def _table(**columns: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> datasets.Dataset:
-    """Return lists of numbers, given as values and offsets, without a copy of each row."""
-    import pyarrow as pa
-    from datasets import Dataset as Table
-    from datasets.table import InMemoryTable
-
-    arrays = {
-        name: pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
-        for name, (values, offsets) in columns.items()
-    }
-    # with a name of its own nothing is hashed
-    return Table(InMemoryTable(pa.table(arrays)), fingerprint="fedllm")
-
-
-def _dataset(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
-    import pyarrow as pa
-    from datasets import Dataset as Table
-    from datasets.table import InMemoryTable
-
-    table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
-    return Table(InMemoryTable(table), fingerprint="fedllm")

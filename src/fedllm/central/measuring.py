@@ -98,7 +98,9 @@ class Measure:
     def compared(self, trainer: Any) -> dict[str, float]:
         """Return how well the better answers are told from the worse ones; all processes call."""
         found = trainer.evaluate()
-        rewards = {key.removeprefix("eval_").removeprefix("rewards/"): v for key, v in found.items()}
+        rewards = {
+            key.removeprefix("eval_").removeprefix("rewards/"): v for key, v in found.items()
+        }
         margin = rewards.get("margins", rewards.get("margin", math.nan))
         accuracy = rewards.get("accuracies", rewards.get("accuracy"))
         if accuracy is None:
@@ -200,4 +202,3 @@ def _prompts(
 def _rated_accuracy(margin: float) -> float:
     """Return 1 where wanted answers have the higher reward on average, 0 where they have not."""
     return math.nan if math.isnan(margin) else float(margin > 0)
-

@@ -15,9 +15,8 @@ from fedllm.errors import DataError
 from fedllm.seeding import derive
 
 if TYPE_CHECKING:
-    import datasets
-
     from fedllm.central.measuring import Measure
+    from fedllm.central.tables import Settled
     from fedllm.central.tuning import Tuned
 
 Say = Callable[[str], None]
@@ -33,9 +32,9 @@ class Parts:
     data: Dataset
     tuned: Tuned
     measure: Measure
-    train: datasets.Dataset
+    train: Settled
     """Examples to learn from, as the trainer takes them."""
-    test: datasets.Dataset | None
+    test: Settled | None
     """Those that answers are compared on."""
     owners: np.ndarray | None
     """Row that each piece of a text is from, where texts are cut."""
@@ -105,7 +104,9 @@ def build(config: CentralConfig, say: Say = lambda text: None) -> Parts:
         seed=derive(config.seed, "head"),
     )
     check_length(position_limit(loaded.model), config, data)
-    loaded.tokenizer.chat_template = chat_template(loaded.tokenizer, config.model.chat_template)
+    # what is saved with the weights is what they were trained with
+    words: Any = loaded.tokenizer
+    words.chat_template = chat_template(words, config.model.chat_template)
     tuned = Tuned(loaded, config)
     pack_to = config.data.max_length if config.is_packed else None
     compares = STAGES[config.stage].shape in ("pairs", "rated")
@@ -114,8 +115,8 @@ def build(config: CentralConfig, say: Say = lambda text: None) -> Parts:
         data=data,
         tuned=tuned,
         measure=Measure(config, data, tuned),
-        train=examples(config.stage, data.train, data, "train", pack_to),
-        test=examples(config.stage, data.test, data, "test", None) if compares else None,
+        train=examples(config.stage, data.train, pack_to),
+        test=examples(config.stage, data.test, None) if compares else None,
         owners=owners,
     )
 

@@ -43,7 +43,7 @@ class CentralWatch(Protocol):
         """Tell the metrics of an evaluation."""
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' own is untyped
+class Recorder(TrainerCallback):
     """Writes the records of a run and decides when to evaluate, to save and to stop.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedllm.central.checkpoints import complete_checkpoints, read_mark
 from fedllm.central.parts import Parts, build
-from fedllm.central.processes import agreed, barrier, is_first, join
+from fedllm.central.processes import agreed, barrier, join
 from fedllm.central.recording import CentralWatch, Recorder
 from fedllm.central.run_config import config_of
 from fedllm.central.stages import check_installed
@@ -31,9 +31,7 @@ def train(config: CentralConfig, watch: CentralWatch) -> Path:
     """
     check_installed(config)
     join(config.model.device)
-    if is_first() and config.run_dir.exists():
-        agreed(lambda: RunDir.create(config.run_dir, ""))  # says that it exists
-    agreed(lambda: None)
+    agreed(lambda: _refuse_existing(config.run_dir))
     parts = build(config, watch.say)
     directory = agreed(lambda: RunDir.create(config.run_dir, dump(config)))
     return _carry_out(parts, directory, config.run_dir, None, watch)
@@ -53,6 +51,14 @@ def resume(path: Path, watch: CentralWatch) -> Path:
     parts = build(config, watch.say)
     found = complete_checkpoints(path)
     return _carry_out(parts, directory, path, found[-1] if found else None, watch)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise RunError(
+            f"{path} exists, and a run is never overwritten. Choose another name=..., or continue"
+            f" that run with: fedllm train --resume {path}"
+        )
 
 
 def _locked(path: Path) -> RunDir:
@@ -112,7 +118,9 @@ def _restore(
     if checkpoint is not None:
         recorder.course, lengths = read_mark(checkpoint)
         step = checkpoint.name.rpartition("-")[2]
-        told = f"resumed at step {step}: weights, optimiser, schedule, random state, place in the data"
+        told = (
+            f"resumed at step {step}: weights, optimiser, schedule, random state, place in the data"
+        )
         logger.info(told)
         watch.say(told)
     if directory is not None:

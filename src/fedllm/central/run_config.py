@@ -19,7 +19,5 @@ def config_of(path: Path) -> CentralConfig:
     RunDir.open(path)
     tree = read(path / "config.yaml")
     if "stage" not in tree:
-        raise RunError(
-            f"{path} is a federated run. Continue it with: fedllm run --resume {path}"
-        )
+        raise RunError(f"{path} is a federated run. Continue it with: fedllm run --resume {path}")
     return check_central(tree, str(path / "config.yaml"))

@@ -155,7 +155,8 @@ def _loss_problems(config: CentralConfig) -> Iterator[str]:
             )
         for name in objective.rewards:
             if name not in REWARDS and ":" not in name:
-                yield f"objective.rewards: {unknown('reward', name, (*REWARDS, 'FILE.py:FUNCTION'))}"
+                told = unknown("reward", name, (*REWARDS, "FILE.py:FUNCTION"))
+                yield f"objective.rewards: {told}"
     if objective.sft_weight and stage != "dpo":
         yield f"objective.sft_weight: is for dpo, not {stage}"
     if training.betas[0] == 1.0 or training.betas[1] == 1.0:

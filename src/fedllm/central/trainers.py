@@ -21,7 +21,7 @@ from fedllm.config import CentralConfig
 from fedllm.errors import FedLLMError, TrainingError
 
 if TYPE_CHECKING:
-    import datasets
+    from fedllm.central.tables import Settled
 
 Where = Callable[[Sequence[int]], str]
 """From numbers of training rows to where they stand, for messages."""
@@ -30,8 +30,8 @@ Where = Callable[[Sequence[int]], str]
 def make_trainer(
     config: CentralConfig,
     tuned: Tuned,
-    train: datasets.Dataset,
-    test: datasets.Dataset | None,
+    train: Settled,
+    test: Settled | None,
     folder: Path,
     where: Where,
 ) -> Any:
@@ -138,7 +138,7 @@ class _Watching:
     where: Where
     token_prompts: Sequence[Sequence[int]]
     _rows: Sequence[int] = ()
-    loss_sum = 0.0
+    loss_sum: float | torch.Tensor = 0.0
     """Of the steps since `take`, a tensor once there was one."""
     seen: list[int]
     """Rows since `take`."""
@@ -162,7 +162,9 @@ class _Watching:
     def _set_signature_columns_if_needed(self) -> None:
         """Keep all columns."""
 
-    def _tokenize_prompts(self, prompts: Sequence[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+    def _tokenize_prompts(
+        self, prompts: Sequence[str]
+    ) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Return the ids of prompts that are given by their number (GRPO)."""
         return [list(self.token_prompts[int(number)]) for number in prompts], None, {}
 

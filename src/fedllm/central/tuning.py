@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedllm.central.stages import STAGES
 from fedllm.config import CentralConfig
 from fedllm.errors import ModelError
 from fedllm.models import Kind, LoadedModel, head_modules, linear_shape, target_modules
+from fedllm.models.quiet import quiet
 from fedllm.seeding import derive
 
 ADAPTER, MODEL = "adapter", "model"
@@ -88,7 +90,8 @@ class Tuned:
         }
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.adapter.method != "lora":
-            self.model.save_pretrained(folder)
+            with quiet():
+                self.model.save_pretrained(folder)
         elif self.config.adapter.dora:
             # lengths of columns have no place among low-rank factors
             self.model.save_pretrained(folder)
@@ -158,7 +161,7 @@ class Tuned:
             task_type="CAUSAL_LM" if self.loaded.kind == "causal-lm" else "SEQ_CLS",
             base_model_name_or_path=self.loaded.source,
             r=adapter.rank,
-            lora_alpha=adapter.alpha if adapter.alpha is not None else 2.0 * adapter.rank,
+            lora_alpha=adapter.scaling_alpha,  # type: ignore[arg-type]  # any number goes
             lora_dropout=adapter.dropout,
             use_rslora=adapter.rslora,
             use_dora=adapter.dora,
@@ -175,6 +178,10 @@ class Tuned:
                 for layer in self.layers:
                     own = self.body.get_submodule(layer).lora_A["default"].weight
                     own.copy_(start[name_a(layer)])
+
+
+def _unchanged(layer: nn.Module, mode: bool = True) -> nn.Module:
+    return layer
 
 
 def chosen_layers(model: Any, kind: Kind, count: int) -> list[tuple[str, nn.Module]]:
@@ -216,8 +223,13 @@ def _train(parts: Iterable[nn.Module]) -> None:
 
 
 def _make_differentiable(model: Any) -> None:
-    """Undo what inference wants: a cache of keys and values."""
+    """Undo what inference wants: a cache of keys and values, and packed 4-bit weights."""
     model.config.use_cache = False
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            # outside of training mode bitsandbytes repacks a CPU weight for inference, for good,
+            # and the layer is then no longer differentiable; evaluations leave that mode
+            layer.train = partial(_unchanged, layer)
 
 
 def stage_kind(stage: str) -> Kind:

@@ -33,6 +33,8 @@ class CentralView:
 
     def __init__(self, console: Console, *, is_silent: bool) -> None:
         self._console, self._is_silent = console, is_silent
+        self.path: Path | None = None
+        """The run directory, once training has begun."""
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
@@ -60,6 +62,7 @@ class CentralView:
 
     def begin(self, parts: Parts, path: Path, steps: int) -> None:
         """Print what the run is."""
+        self.path = path
         config, data = parts.config, parts.data
         count = sum(tensor.numel() for tensor in parts.tuned.trained().values())
         lost = [f"{n} dropped ({why})" for why, n in data.dropped.items()]
@@ -121,7 +124,10 @@ def _data(report: CentralReport) -> list[tuple[str, str]]:
     facts = [
         ("stage", f"{config.stage}, {config.adapter.method}"),
         ("data", f"{data.source}, task {data.task}"),
-        ("rows", f"{len(data.train)} train, {len(data.test)} test; {', '.join(lost) or 'none dropped'}"),
+        (
+            "rows",
+            f"{len(data.train)} train, {len(data.test)} test; {', '.join(lost) or 'none dropped'}",
+        ),
         (
             "tokens a row",
             "least {}, median {}, 90 % within {}, most {}".format(*quantiles)

@@ -113,22 +113,21 @@ def _carry_out(
     console: Console, checked: CentralConfig, resume: Path | None, is_quiet: bool
 ) -> None:
     """Train, and say where the result is and how to go on."""
-    path = resume if resume is not None else checked.run_dir
-    try:
-        with reported():
-            from fedllm.central.processes import is_first
-            from fedllm.central.run import resume as go_on
-            from fedllm.central.run import train as start
-            from fedllm.cli.central import CentralView, print_end
+    with reported():
+        from fedllm.central.processes import is_first
+        from fedllm.central.run import resume as go_on
+        from fedllm.central.run import train as start
+        from fedllm.cli.central import CentralView, print_end
 
-            view = CentralView(console, is_silent=is_quiet or not is_first())
-            with view:
-                done = go_on(resume, view) if resume is not None else start(checked, view)
+        view = CentralView(console, is_silent=is_quiet or not is_first())
+    try:
+        with reported(), view:
+            done = go_on(resume, view) if resume is not None else start(checked, view)
             if is_first():
                 print_end(console, done, checked, is_quiet=is_quiet)
-    except typer.Exit as end:
-        if end.exit_code and (path / "trainer_log.jsonl").exists() and resume is None:
-            tell(f"continue with: fedllm train --resume {path}", "yellow")
+    except typer.Exit:
+        if view.path is not None:
+            tell(f"continue with: fedllm train --resume {view.path}", "yellow")
         raise
 
 
@@ -163,5 +162,3 @@ def print_mapped(console: Console, found: Mapped) -> None:
         console.print("without effect", highlight=False)
     for key, why in found.ignored.items():
         console.print(f"  {key}: {why}", highlight=False, markup=False, soft_wrap=True)
-
-

@@ -35,7 +35,7 @@ class TuningConfig(Section):
     dora: bool = False
     """Learn the length of each weight column apart from its direction (DoRA)."""
     init: Literal["default", "pissa"] = "default"
-    """`default`: B = 0, and A as federated runs draw it; `pissa`: the principal singular vectors."""
+    """`default`: B = 0, and A as federated runs draw it; `pissa`: the leading singular vectors."""
     loraplus_ratio: Annotated[float, Field(ge=1.0)] | None = None
     """Learning rate of B over that of A (LoRA+); absent: the same."""
     freeze_layers: int = 2
@@ -44,8 +44,12 @@ class TuningConfig(Section):
     @property
     def scaling(self) -> float:
         """The factor on B A."""
-        alpha = self.alpha if self.alpha is not None else 2.0 * self.rank
-        return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
+        return self.scaling_alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def scaling_alpha(self) -> float:
+        """Alpha, given or by default."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
 
 
 class OptimisationConfig(Section):
@@ -66,7 +70,7 @@ class OptimisationConfig(Section):
     warmup: NonNegative = 0.0
     """Steps over which the learning rate rises; below 1, a share of all steps."""
     optimizer: str = "adamw"
-    """`adamw`, `sgd`, or another of transformers' names, such as `adafactor` or `paged_adamw_8bit`."""
+    """`adamw`, `sgd`, or another of transformers' names, such as `adafactor`."""
     weight_decay: NonNegative = 0.0
     """Decoupled for AdamW, L2 for SGD."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -171,8 +175,8 @@ class CentralConfig(Section):
     seed: Whole = 0
     """Root of every random stream."""
     stage: Stage
-    """`sft` (answers), `pt` (plain texts), `dpo`, `orpo`, `simpo` and `rm` (pairs of answers), `kto`
-    (rated answers), `grpo` (rewards)."""
+    """`sft` (answers), `pt` (plain texts), `dpo`, `orpo`, `simpo` and `rm` (pairs of answers),
+    `kto` (rated answers), `grpo` (rewards)."""
     model: ModelConfig = ModelConfig()
     adapter: TuningConfig = TuningConfig()
     data: DataConfig = DataConfig()
