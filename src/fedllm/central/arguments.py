@@ -68,6 +68,7 @@ def arguments(config: CentralConfig, tuned: Tuned, folder: Path) -> dict[str, An
         "dataloader_num_workers": training.dataloader_workers,
         "dataloader_pin_memory": tuned.loaded.model.device.type == "cuda",
         "ddp_timeout": _NO_LIMIT_S,
+        "ddp_find_unused_parameters": False,
         "deepspeed": training.deepspeed,
         "fsdp": training.fsdp or "",
         "fsdp_config": training.fsdp_config,

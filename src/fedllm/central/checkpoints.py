@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.errors import RunError
@@ -25,9 +25,10 @@ class Course:
     """Evaluations since."""
     step: int = 0
     """Of the last evaluation."""
-    tokens: int = 0
-    train_s: float = 0.0
-    """Seconds of training since the start, without evaluation."""
+    loss: float = 0.0
+    """Sum of the losses of the steps since then."""
+    rows: list[int] = field(default_factory=list)
+    """Rows of these steps."""
 
 
 def complete_checkpoints(path: Path) -> list[Path]:

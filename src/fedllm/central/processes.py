@@ -38,6 +38,15 @@ def shared(value: Any) -> Any:
     return box[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """Return what each process has, in all of them."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box
+
+
 def is_first() -> bool:
     """Tell whether this is the process that writes."""
     return int(os.environ.get("RANK", "0")) == 0

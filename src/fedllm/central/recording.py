@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from fedllm.central.checkpoints import MARK, Course, complete_checkpoints
 from fedllm.central.parts import Parts
-from fedllm.central.processes import barrier, shared, world_size
+from fedllm.central.processes import barrier, gathered, shared
 from fedllm.results import RunDir
 from fedllm.results.history import is_better
 from fedllm.results.storage import explained, write_text
@@ -111,6 +111,7 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint as complete, and delete old ones."""
+        self.course.loss, self.course.rows = self._taken(self.trainer.peek())
         if self.directory is None:
             return
         folder = self.path / "checkpoints" / f"checkpoint-{state.global_step}"
@@ -166,7 +167,7 @@ class Recorder(TrainerCallback):
     def _evaluate(self, state: Any, *, is_last: bool) -> None:
         measure, course = self.parts.measure, self.course
         train_s = time.perf_counter() - self._began
-        loss, rows = self.trainer.take()
+        loss, rows = self._taken(self.trainer.take())
         begin = time.perf_counter()
         metrics = measure.compared(self.trainer) if measure.compares else {}
         lines: list[dict[str, Any]] = []
@@ -183,6 +184,12 @@ class Recorder(TrainerCallback):
             self._judge(metrics.get(measure.main), state.global_step, is_last)
         course.step = state.global_step
         self._began = time.perf_counter()
+
+    def _taken(self, own: tuple[float, list[int]]) -> tuple[float, list[int]]:
+        """Return the mean loss and the rows of all processes."""
+        parts = gathered(own)
+        rows = [row for _, more in parts for row in more]
+        return sum(loss for loss, _ in parts) / len(parts), rows
 
     def _record(
         self,
@@ -223,9 +230,7 @@ class Recorder(TrainerCallback):
         record, steps = self._pending, state.global_step - self.course.step
         timing = {"round": number, "evaluate": evaluate_s, "wall_s": evaluate_s}
         if steps > 0:
-            tokens = int(self.parts.data.train.lengths[rows].sum()) * world_size()
-            self.course.tokens += tokens
-            self.course.train_s += train_s
+            tokens = int(self.parts.data.train.lengths[rows].sum())
             mean = loss / steps
             record["train"] = {
                 "loss": mean,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedllm.central.checkpoints import complete_checkpoints, read_mark
 from fedllm.central.parts import Parts, build
-from fedllm.central.processes import agreed, barrier, join
+from fedllm.central.processes import agreed, barrier, join, world_size
 from fedllm.central.recording import CentralWatch, Recorder
 from fedllm.central.run_config import config_of
 from fedllm.central.stages import check_installed
@@ -95,6 +95,9 @@ def _carry_out(
             parts.config, parts.tuned, parts.train, parts.test, folder, parts.where
         )
         recorder.trainer = trainer
+        if directory is not None:
+            trainer.loss_sum = recorder.course.loss * world_size()
+            trainer.seen = list(recorder.course.rows)
         trainer.add_callback(recorder)
         _without_printing(trainer)
         barrier()

@@ -143,11 +143,15 @@ class _Watching:
     seen: list[int]
     """Rows since `take`."""
 
+    def peek(self) -> tuple[float, list[int]]:
+        """Return the sum of step losses and the rows since `take`."""
+        return float(self.loss_sum), list(getattr(self, "seen", []))
+
     def take(self) -> tuple[float, list[int]]:
         """Return the sum of step losses and the rows since the last call, and begin anew."""
-        total, seen = float(self.loss_sum), getattr(self, "seen", [])
+        found = self.peek()
         self.loss_sum, self.seen = 0.0, []
-        return total, seen
+        return found
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """Take rows as they are: they are tokenised, and masked, already."""

@@ -13,7 +13,7 @@ import fedllm
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
 from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
-from fedllm.cli.train import train
+from fedllm.cli.train import check_central, train
 from fedllm.config import Config
 from fedllm.errors import FedLLMError, unknown
 
@@ -109,6 +109,8 @@ def check(
 ) -> None:
     """Check a configuration and its data, and estimate what a run takes."""
     with reported():
+        if check_central(Console(), config, words):
+            return
         _plan(Console(), _load(config, words), is_loading_model=False)
 
 

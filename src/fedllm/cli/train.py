@@ -63,6 +63,28 @@ def train(
     _carry_out(console, checked, resume, quiet)
 
 
+def check_central(console: Console, config: str, words: list[str] | None) -> bool:
+    """Print what a run would be, no weight being loaded, if the file is of a central run."""
+    from fedllm.central.llamafactory import is_llamafactory
+    from fedllm.config import is_central, read
+
+    if not Path(config).is_file():
+        return False
+    tree = read(Path(config))
+    if not (is_central(tree) or is_llamafactory(tree)):
+        return False
+    checked, found = _checked(config, words, None, dry_run=False)
+    if found is not None:
+        print_mapped(console, found)
+    with console.status("starting") as status:
+        from fedllm.central.check import check
+        from fedllm.cli.central import print_report
+
+        report = check(checked, status.update)
+    print_report(console, report)
+    return True
+
+
 def _checked(
     config: str | None, words: list[str] | None, resume: Path | None, dry_run: bool
 ) -> tuple[CentralConfig, Mapped | None]:
