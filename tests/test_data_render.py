@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CONTROLS, FAMILIES, tiny_tokenizer
 
 from fedllm.data.overlong import Limits
-from fedllm.data.render import FALLBACKS, chat_template, make_renderer
+from fedllm.data.render import make_renderer
 from fedllm.data.rows import Message
+from fedllm.data.template import FALLBACKS, chat_template
 from fedllm.data.tokenise import encode_conversations, encode_for_classes, encode_texts
 from fedllm.errors import DataError
 
@@ -56,6 +57,7 @@ def inference_prompt(renderer: Any, messages: list[Message]) -> list[int]:
         chat_template=renderer.template,
         add_generation_prompt=True,
         tokenize=False,
+        date_string="26 Jul 2024",
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -58,7 +58,7 @@ def fault(path: Path | str, **settings: Any) -> str:
                 "system": "s",
                 "conversations": [
                     {"from": "human", "value": "q"},
-                    {"from": "function_call", "value": "f()"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
                     {"from": "observation", "value": "1"},
                     {"from": "gpt", "value": "a"},
                     {"from": "human", "value": "thanks"},
@@ -67,7 +67,7 @@ def fault(path: Path | str, **settings: Any) -> str:
             [
                 ("system", "s"),
                 ("user", "q"),
-                ("assistant", "f()"),
+                ("assistant", ""),
                 ("tool", "1"),
                 ("assistant", "a"),
             ],
@@ -365,7 +365,10 @@ def turn(role: str, content: Any = "x") -> dict[str, Any]:
         ([turn("user", None), turn("assistant")], "message 1 (user) needs text"),
         (["hello"], "message 1 must be an object"),
         ("hello", "must be a list of messages"),
-        ([turn("user"), {**turn("assistant", None), "tool_calls": [{}]}], "not supported"),
+        (
+            [turn("user"), {**turn("assistant", None), "tool_calls": [{}]}],
+            "a tool call without a name",
+        ),
     ],
 )
 def test_faulty_conversations_are_named(tmp_path: Path, messages: Any, expected: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from tool_templates import LLAMA31, MISTRAL, QWEN3, QWEN25
+
 CONTROLS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -17,7 +19,18 @@ CONTROLS = (
     "<eos>",
     "<start_of_turn>",
     "<end_of_turn>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
 )
+ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+"""Tokens of their own that are no control tokens, as Qwen has them."""
 
 _LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -70,6 +83,10 @@ FAMILIES: dict[str, tuple[str | None, str | None, str]] = {
     "qwen3": (_QWEN3, None, "<|endoftext|>"),
     "gemma": (_GEMMA, "<bos>", "<eos>"),
     "merging": (_MERGING, None, "<|endoftext|>"),
+    "llama3.1": (LLAMA31, "<|begin_of_text|>", "<|eot_id|>"),
+    "qwen2.5-tools": (QWEN25, None, "<|im_end|>"),
+    "qwen3-tools": (QWEN3, None, "<|im_end|>"),
+    "mistral": (MISTRAL, "<s>", "</s>"),
     "base": (None, None, "<|endoftext|>"),
 }
 
@@ -95,7 +112,7 @@ def _backend(spaced: bool) -> str:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500,
+        vocab_size=509,
         special_tokens=list(CONTROLS),
         initial_alphabet=alphabet,
         show_progress=False,
@@ -105,7 +122,7 @@ def _backend(spaced: bool) -> str:
 
 
 def tiny_tokenizer(family: str = "qwen2.5", *, spaced: bool = False) -> Any:
-    """Return a fresh tokenizer of about 500 tokens with a family's chat template."""
+    """Return a fresh tokenizer of about 510 tokens with a family's chat template."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -114,4 +131,6 @@ def tiny_tokenizer(family: str = "qwen2.5", *, spaced: bool = False) -> Any:
         tokenizer_object=Tokenizer.from_str(_backend(spaced)), bos_token=bos, eos_token=eos
     )
     tokenizer.chat_template = template
+    if family.startswith("qwen"):
+        tokenizer.add_tokens(list(ADDED))
     return tokenizer

@@ -81,7 +81,7 @@ def title(parts: Parts) -> str:
     is_stream = federation.schedule.name in ("buffered", "async")
     if federation.cohort < federation.num_clients:
         clients += f", {federation.cohort} {'at work' if is_stream else 'a round'}"
-    named = (config.name, config.algorithm.name, config.model.path, config.data.path, clients)
+    named = (config.name, config.algorithm.name, config.model.path, config.data.source, clients)
     words = [*named, partition_text(config.federation.partition)]
     if federation.schedule.name != "sync":
         words.append(federation.schedule.name)

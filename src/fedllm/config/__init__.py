@@ -1,6 +1,7 @@
 """The configuration tree and the way from YAML to it. No torch here."""
 
 from fedllm.config.central import CentralConfig, is_central
+from fedllm.config.data import DataConfig
 from fedllm.config.exchange import CommunicationConfig, Named, PrivacyConfig, UpdatesConfig
 from fedllm.config.execution import ExecutionConfig
 from fedllm.config.load import apply_overrides, dump, read, validate, validate_central
@@ -27,7 +28,6 @@ from fedllm.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvaluationConfig,
     FederationConfig,
     ModelConfig,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from fedllm.config.data import DataConfig
 from fedllm.config.exchange import CommunicationConfig, UpdatesConfig
 from fedllm.config.execution import ExecutionConfig
 from fedllm.config.ranks import Rank, ranks_in
@@ -61,39 +62,6 @@ class AdapterConfig(Section):
     def max_rank(self) -> int:
         """The largest rank any client may have."""
         return max(ranks_in(self.rank))
-
-
-class DataConfig(Section):
-    """What the clients learn from."""
-
-    path: str = "builtin:skills"
-    """`builtin:skills`, a file or folder (JSON, JSONL, CSV, TSV, Parquet), or a hub id."""
-    test_path: str | None = None
-    """A file with the official test split, when `path` is one file."""
-    subset: str | None = None
-    """Configuration name of a hub data set."""
-    train_split: str = "train"
-    """Split of a folder or hub data set that clients train on."""
-    test_split: str = "auto"
-    """Split to evaluate on; `auto` takes `test`, then `validation`, then holds out rows."""
-    holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the training rows held out when there is no test split."""
-    task: Literal["auto", "classification", "qa", "math", "chat", "text"] = "auto"
-    """What the rows are; decides rendering and metrics. `auto` recognises it from the columns."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Our name to the file's column name, e.g. `{prompt: question, completion: answer}`."""
-    system_prompt: str | None = None
-    """Put before every conversation that has no system message of its own."""
-    max_length: PositiveInt = 512
-    """Longest sequence in tokens, prompt and answer together."""
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to longer rows; `truncate` keeps the end-of-turn token."""
-    max_train_rows: PositiveInt | None = None
-    """Use at most this many training rows (drawn from the seed)."""
-    max_test_rows: PositiveInt | None = None
-    """Use at most this many test rows (drawn from the seed)."""
-    cache: bool = True
-    """Keep tokenised rows in the user's cache folder, by content hash."""
 
 
 class PartitionConfig(Section):

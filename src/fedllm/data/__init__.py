@@ -2,10 +2,12 @@
 
 from fedllm.data.dataset import Dataset, load_dataset
 from fedllm.data.diversity import HeterogeneityReport, heterogeneity
+from fedllm.data.messages import read_messages, read_tools
 from fedllm.data.partitions import PARTITIONS, Partition, partition
-from fedllm.data.render import chat_template
-from fedllm.data.rows import Message, Row, Rows
+from fedllm.data.render import Renderer, make_renderer
+from fedllm.data.rows import Message, Row, Rows, ToolCall
 from fedllm.data.tasks import load_rows
+from fedllm.data.template import chat_template
 from fedllm.data.tokens import TokenSet
 
 __all__ = [
@@ -14,12 +16,17 @@ __all__ = [
     "HeterogeneityReport",
     "Message",
     "Partition",
+    "Renderer",
     "Row",
     "Rows",
     "TokenSet",
+    "ToolCall",
     "chat_template",
     "heterogeneity",
     "load_dataset",
     "load_rows",
+    "make_renderer",
     "partition",
+    "read_messages",
+    "read_tools",
 ]

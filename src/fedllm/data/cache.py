@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.data.render import Tokenizer
+from fedllm.data.template import Tokenizer
 from fedllm.data.tokens import Encoded
 
 FORMAT = 1

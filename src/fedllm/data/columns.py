@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fedllm.data.rows import Message, Record, Row, Task
+from fedllm.data.faults import Broken, RowFault, refuse
+from fedllm.data.messages import Tags
+from fedllm.data.rows import Record, Row, Task
+from fedllm.data.shapes import SHAPES, Shape
 from fedllm.errors import DataError, did_you_mean
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -23,40 +26,15 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "system": ("system",),
     "category": ("category",),
     "client": ("client", "client_id"),
+    "history": ("history",),
+    "tools": ("tools",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "desirable": ("desirable", "kto_tag"),
 }
 """Our column names, each with the names under which files are known to have it."""
 
-ROLES: Mapping[str, Literal["system", "user", "assistant", "tool"]] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
-"""Roles of OpenAI and ShareGPT conversations, and what they are here."""
-
-_SHOWN = 3  # faulty rows that a message names; the rest is counted
-
-
-class _Fault(Exception):
-    """One row is wrong; collected so that a message can name several."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One way in which files name their columns."""
-
-    name: str
-    tasks: tuple[Task, ...]
-    """What rows of this shape can be used for, the usual use first."""
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    build: Callable[[Mapping[str, Any]], tuple[tuple[Message, ...], str | None, str | None]]
-    """From our columns to messages, text and label."""
+_ALIEN = ("images", "videos", "audios")
 
 
 @dataclass(frozen=True)
@@ -71,6 +49,10 @@ class Wanted:
     """The file's column that gives the group; default: the category or label."""
     client: str | None = None
     """The file's column that gives the natural owner."""
+    tags: Tags = field(default_factory=Tags)
+    """How messages are written, where that is told."""
+    required: tuple[str, ...] = ()
+    """Columns of ours that the shape must need, where a registry says what the rows are."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +62,12 @@ class Recognised:
     rows: list[Row]
     shape: Shape
     has_category: bool
+    broken: list[Broken]
+    """Rows that cannot be used."""
 
 
 def to_rows(records: Sequence[Record], wanted: Wanted, *, source: str) -> Recognised:
-    """Recognise the shape of records and turn each into a row.
+    """Recognise the shape of records and turn each that can be used into a row.
 
     Args:
         records: At least one record.
@@ -91,29 +75,88 @@ def to_rows(records: Sequence[Record], wanted: Wanted, *, source: str) -> Recogn
         source: The file or split, for messages.
 
     Raises:
-        DataError: If no shape fits, a column does not exist, or rows lack what they need.
+        DataError: If no shape fits, or a column does not exist.
+    """
+    whole = [(where, record) for where, record in records if not isinstance(record, RowFault)]
+    broken = [Broken.at(where, fault) for where, fault in records if isinstance(fault, RowFault)]
+    if not whole:
+        refuse(broken, total=len(records), share=0.0, source=source)
+    try:
+        reader = row_reader(whole, wanted, source)
+    except DataError as error:
+        more = f"\nBeside that, {broken[0].line}" if broken else ""
+        raise DataError(f"{error}{more}") from None
+    rows: list[Row] = []
+    for where, record in whole:
+        try:
+            rows.append(reader.read(where, record))
+        except RowFault as fault:
+            broken.append(Broken.at(where, fault))
+    return Recognised(rows, reader.shape, reader.has_category, broken)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How the records of one source become rows; `row_reader` finds it out."""
+
+    shape: Shape
+    used: Mapping[str, str]
+    """Our names to the file's, of the columns that the shape uses."""
+    group: str | None
+    client: str | None
+    has_category: bool
+    tags: Tags
+
+    def read(self, where: str, record: Mapping[str, Any]) -> Row:
+        """Turn a record into a row.
+
+        Raises:
+            RowFault: If it lacks something or is wrong.
+        """
+        fields = {ours: record.get(name) for ours, name in self.used.items()}
+        _demand(fields, self.used, self.shape)
+        for name in _ALIEN:
+            if record.get(name):
+                raise RowFault("not only text", f"'{name}' is not empty; only text can be learned")
+        found = self.shape.build(fields, self.tags)
+        owner = _word(record, self.client) if self.client else None
+        kind = _word(record, self.group) if self.group else found.label
+        return Row(
+            messages=found.messages,
+            text=found.text,
+            label=found.label,
+            group=kind,
+            client=owner,
+            where=where,
+            tools=found.tools,
+            rejected=found.rejected,
+            is_desirable=found.is_desirable,
+        )
+
+
+def row_reader(
+    records: Sequence[tuple[str, Mapping[str, Any]]], wanted: Wanted, source: str
+) -> RowReader:
+    """Recognise the shape of records from their columns.
+
+    Raises:
+        DataError: If no shape fits, or a column does not exist.
     """
     present = list(dict.fromkeys(name for _, record in records for name in record))
     theirs = _their_names(wanted.columns, present, source)
+    if "desirable" not in theirs and "label" in theirs and "text" not in theirs:
+        name = theirs["label"]
+        if all(isinstance(record.get(name), bool) for _, record in records):  # as TRL writes KTO
+            theirs["desirable"] = name
     shape = _recognise(theirs, wanted, present, source)
-    used = {ours: theirs[ours] for ours in (*shape.required, *shape.optional) if ours in theirs}
-    group = _extra(wanted.group, present, source) or theirs.get("category")
-    client = _extra(wanted.client, present, source) or theirs.get("client")
-    rows: list[Row] = []
-    faults: list[str] = []
-    for where, record in records:
-        try:
-            fields = {ours: record.get(name) for ours, name in used.items()}
-            _demand(fields, used, shape)
-            messages, text, label = shape.build(fields)
-            owner = _word(record, client) if client else None
-            kind = _word(record, group) if group else label
-            rows.append(Row(messages, text, label, kind, owner, where))
-        except _Fault as fault:
-            faults.append(f"{where}: {fault}")
-    if faults:
-        raise DataError(_faulty(faults, source))
-    return Recognised(rows, shape, "category" in theirs)
+    return RowReader(
+        shape=shape,
+        used={o: theirs[o] for o in (*shape.required, *shape.optional) if o in theirs},
+        group=_extra(wanted.group, present, source) or theirs.get("category"),
+        client=_extra(wanted.client, present, source) or theirs.get("client"),
+        has_category="category" in theirs,
+        tags=wanted.tags,
+    )
 
 
 def _their_names(columns: Mapping[str, str], present: Sequence[str], source: str) -> dict[str, str]:
@@ -146,7 +189,8 @@ def _recognise(
     fits = [
         shape
         for shape in SHAPES
-        if told <= {*shape.required, *shape.optional} and theirs.keys() >= set(shape.required)
+        if told <= {*shape.required, *shape.optional}
+        and theirs.keys() >= set(shape.required) >= set(wanted.required)
     ]
     for shape in fits:
         if wanted.task in ("auto", *shape.tasks):
@@ -157,7 +201,8 @@ def _recognise(
         what = "have a shape that is not recognised"
     known = [shape for shape in SHAPES if wanted.task in ("auto", *shape.tasks)]
     near = [hint for name in sorted(core - theirs.keys()) if (hint := _near(name, present))]
-    example = ", ".join(f"{name}: YOURS" for name in known[min(1, len(known) - 1)].required)
+    shown = next((s for s in known if s.required == ("prompt", "completion")), known[-1])
+    example = ", ".join(f"{name}: YOURS" for name in shown.required)
     raise DataError(
         f"{source}: its rows {what}. Columns: {', '.join(present)}.{''.join(near[:2])} "
         f"Shapes that fit: {'; '.join(shape.name for shape in known)}. "
@@ -183,102 +228,11 @@ def _demand(fields: Mapping[str, Any], used: Mapping[str, str], shape: Shape) ->
     for ours in shape.required:
         value = fields[ours]
         if value is None or (isinstance(value, str) and not value.strip()) or value == []:
-            raise _Fault(f"'{used[ours]}' is missing or empty")
-
-
-def _faulty(faults: Sequence[str], source: str) -> str:
-    count = len(faults)
-    shown = "".join(f"\n  {fault}" for fault in faults[:_SHOWN])
-    more = f"\n  and {count - _SHOWN} more" if count > _SHOWN else ""
-    rows = "1 row" if count == 1 else f"{count} rows"
-    return f"{source}: {rows} cannot be used:{shown}{more}\nMend or delete them in the file"
+            raise RowFault("missing or empty column", f"'{used[ours]}' is missing or empty")
 
 
 def _word(record: Mapping[str, Any], column: str) -> str:
     value = record.get(column)
     if value is None or value == "":
-        raise _Fault(f"'{column}' is missing or empty")
+        raise RowFault("missing or empty column", f"'{column}' is missing or empty")
     return str(value)
-
-
-def _exchange(question: Any, answer: Any, system: Any = None) -> tuple[Message, ...]:
-    head = (Message("system", str(system)),) if system else ()
-    return (*head, Message("user", str(question)), Message("assistant", str(answer)))
-
-
-def _prompt(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], None, None]:
-    messages = _exchange(fields["prompt"], fields["completion"], fields.get("system"))
-    return messages, None, None
-
-
-def _instruction(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], None, None]:
-    parts = [str(part) for part in (fields["instruction"], fields.get("input")) if part]
-    messages = _exchange("\n".join(parts), fields["output"], fields.get("system"))
-    return messages, None, None
-
-
-def _question(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], None, None]:
-    messages = _exchange(fields["question"], fields["answer"], fields.get("system"))
-    return messages, None, None
-
-
-def _labelled(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, str]:
-    return (), str(fields["text"]), str(fields["label"])
-
-
-def _plain(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, None]:
-    return (), str(fields["text"]), None
-
-
-def _conversation(fields: Mapping[str, Any]) -> tuple[tuple[Message, ...], None, None]:
-    turns = fields["messages"]
-    if not isinstance(turns, Iterable) or isinstance(turns, (str, Mapping)):
-        raise _Fault(f"a conversation must be a list of messages, not a {type(turns).__name__}")
-    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
-    system = fields.get("system")
-    if system and not any(message.role == "system" for message in messages):
-        messages.insert(0, Message("system", str(system)))
-    while messages and messages[-1].role != "assistant":
-        messages.pop()  # nothing is learned from what follows the last answer
-    if not messages:
-        raise _Fault("the conversation has no message of the assistant, so no answer")
-    if not any(message.role == "user" for message in messages):
-        raise _Fault("the conversation has no message of a user before its answer")
-    return tuple(messages), None, None
-
-
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise _Fault(f"message {number} must be an object, not a {type(turn).__name__}")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES:
-        raise _Fault(
-            f"message {number} has the role '{role}'.{did_you_mean(str(role), ROLES)} "
-            f"Known roles: {', '.join(ROLES)}"
-        )
-    if content is None and turn.get("tool_calls"):
-        raise _Fault(f"message {number} is a tool call without content, which is not supported")
-    if not isinstance(content, str):
-        raise _Fault(f"message {number} ({role}) needs text as its content")
-    if ROLES[role] == "assistant" and not content.strip():
-        raise _Fault(f"message {number} ({role}) is empty")
-    return Message(ROLES[role], content)
-
-
-_TALK: tuple[Task, ...] = ("qa", "math", "chat")
-
-SHAPES: tuple[Shape, ...] = (
-    Shape("messages", _TALK, ("messages",), ("system",), _conversation),
-    Shape("prompt, completion", _TALK, ("prompt", "completion"), ("system",), _prompt),
-    Shape(
-        "instruction, input, output",
-        _TALK,
-        ("instruction", "output"),
-        ("input", "system"),
-        _instruction,
-    ),
-    Shape("question, answer", _TALK, ("question", "answer"), ("system",), _question),
-    Shape("text, label", ("classification",), ("text", "label"), (), _labelled),
-    Shape("text", ("text",), ("text",), (), _plain),
-)
-"""All shapes; where several fit, the first is taken."""

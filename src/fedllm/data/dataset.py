@@ -11,9 +11,10 @@ import numpy as np
 from fedllm.config import DataConfig, PartitionConfig
 from fedllm.data.cache import cached, fingerprint, key_of
 from fedllm.data.overlong import Limits
-from fedllm.data.render import Renderer, Tokenizer, chat_template, make_renderer
+from fedllm.data.render import Renderer, make_renderer
 from fedllm.data.rows import Message, Row, Rows, Task
 from fedllm.data.tasks import load_rows
+from fedllm.data.template import Tokenizer, chat_template
 from fedllm.data.tokenise import encode_conversations, encode_for_classes, encode_texts
 from fedllm.data.tokens import Encoded, TokenSet
 from fedllm.errors import DataError

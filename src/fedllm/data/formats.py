@@ -8,12 +8,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedllm.data.faults import RowFault
 from fedllm.data.rows import Record
 from fedllm.errors import DataError, did_you_mean
 
 
 def read_file(path: Path) -> list[Record]:
-    """Read every row of a file, whatever its columns.
+    """Do as `iter_file`, for the whole file at once."""
+    return list(iter_file(path))
+
+
+def iter_file(path: Path) -> Iterator[Record]:
+    """Read row by row, whatever the columns; a row that cannot be read is a fault.
+
+    All but JSON and TSV are read as rows are asked for.
 
     Args:
         path: A file whose ending is one of `SUFFIXES`.
@@ -28,16 +36,18 @@ def read_file(path: Path) -> list[Record]:
             f"{', '.join(SUFFIXES)}"
         )
     try:
-        records = list(reader(path))
+        is_empty = True
+        for record in reader(path):
+            is_empty = False
+            yield record
     except FileNotFoundError:
         raise DataError(missing(path)) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    if not records:
+    if is_empty:
         raise DataError(f"{path}: the file has no rows. Give a file with at least one row")
-    return records
 
 
 def missing(path: Path) -> str:
@@ -55,11 +65,10 @@ def _jsonl(path: Path) -> Iterator[Record]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not JSON: {error.msg} at column {error.colno}. "
-                    "Each line must be one JSON object"
-                ) from None
-            yield where, _mapping(row, where)
+                what = f"not JSON: {error.msg} at column {error.colno}"
+                yield where, RowFault("not JSON", what, "Each line must be one JSON object")
+            else:
+                yield where, _mapping(row)
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -86,15 +95,16 @@ def _json(path: Path) -> Iterator[Record]:
         )
     for number, row in enumerate(tree, start=1):
         where = f"{path.name}: row {number}"
-        yield where, _mapping(row, where)
+        yield where, _mapping(row)
 
 
-def _mapping(row: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: a row must be an object with named columns, not a {type(row).__name__}"
-        )
-    return row
+def _mapping(row: Any) -> Mapping[str, Any] | RowFault:
+    if isinstance(row, dict):
+        return row
+    kind = type(row).__name__
+    return RowFault(
+        "no object", f"a row must be an object with named columns, not a {kind}", "Name its columns"
+    )
 
 
 def _csv(path: Path) -> Iterator[Record]:
@@ -141,10 +151,15 @@ def _table(path: Path, lines: Iterable[tuple[int, list[str]]]) -> Iterator[Recor
             header = [cell.strip() for cell in cells]
             continue
         if len(cells) != len(header):
-            raise DataError(
-                f"{path}:{number}: {len(cells)} fields where the header has {len(header)}. "
-                "Mend the line, or quote the field that holds the separator"
+            yield (
+                f"{path.name}:{number}",
+                RowFault(
+                    "wrong number of fields",
+                    f"{len(cells)} fields where the header has {len(header)}",
+                    "Mend the line, or quote the field that holds the separator",
+                ),
             )
+            continue
         yield f"{path.name}:{number}", dict(zip(header, cells, strict=True))
 
 
@@ -152,12 +167,23 @@ def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
+    number = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name}: row {number}", row
     except arrow.ArrowInvalid as error:
         raise DataError(f"{path}: not Parquet: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{path.name}: row {number}", row
+
+
+def _txt(path: Path) -> Iterator[Record]:
+    """Read a text for each line that is not blank."""
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path.name}:{number}", {"text": line.rstrip("\n")}
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
@@ -166,6 +192,7 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".parquet": _parquet,
+    ".txt": _txt,
 }
 SUFFIXES = tuple(_READERS)
 """Endings of the files that can be read."""

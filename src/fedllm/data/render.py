@@ -3,7 +3,8 @@
 The tokenizer's own template is the truth; a base model without one gets a fallback. What a
 template would write before the assistant speaks is the prompt, in training as in inference; what
 follows it, up to and including the end of the turn, is learned. Control tokens that stand in the
-data (a user who writes `<|im_end|>`) are escaped before rendering, so they stay text.
+data (a user who writes `<|im_end|>`, the description of a tool) are escaped before rendering, so
+they stay text.
 """
 
 from __future__ import annotations
@@ -12,96 +13,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
-from typing import Any, Protocol
 
+from fedllm.data import marks, pieces, support
+from fedllm.data.marks import Rendered, Turn
 from fedllm.data.rows import Message
-from fedllm.errors import DataError, unknown
-
-FALLBACKS = ("plain", "chatml", "alpaca", "llama3")
-"""Templates for tokenizers that have none, beside this file in `templates/`."""
+from fedllm.data.template import FIXED, Tokenizer
+from fedllm.data.turns import Tools, as_turns, escaped
+from fedllm.data.turns import Turn as TemplateTurn
+from fedllm.errors import DataError
 
 # Noncharacters never stand in text; they enclose the number of an escaped control token.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _ESCAPED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _PROBE = "\ufdd2"
-
-# Some templates (Llama 3.2) write today's date, which would make a run depend on the day.
-_FIXED = {"date_string": "26 Jul 2024"}
-
-
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer; none of it changes the tokenizer."""
-
-    chat_template: Any
-    eos_token_id: Any
-    added_tokens_decoder: Any
-    special_tokens_map: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Tokenise texts."""
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """Write conversations."""
-
-    def convert_tokens_to_ids(self, *args: Any, **kwargs: Any) -> Any:
-        """Look tokens up in the vocabulary."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Where one answer stands in a rendered text."""
-
-    start: int
-    """First character after the prompt."""
-    end: int
-    """First character after the end of the turn."""
-    message: int
-    """Which message of the conversation it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as text, cut after its last answer; control tokens of the data escaped."""
-
-    text: str
-    turns: tuple[Turn, ...]
-
-    @property
-    def is_escaped(self) -> bool:
-        """Whether the data holds control tokens."""
-        return _OPEN in self.text
-
-
-def chat_template(tokenizer: Tokenizer, name: str = "auto") -> str:
-    """Return the Jinja source of a chat template.
-
-    Args:
-        tokenizer: Its own template is taken for `auto`, if it has one, else `plain`.
-        name: `auto`, one of `FALLBACKS`, or the path of a `.jinja` file.
-
-    Raises:
-        DataError: If there is no such template.
-    """
-    if name == "auto":
-        own = tokenizer.chat_template
-        if isinstance(own, dict):  # several templates under names
-            own = own.get("default")
-        if own:
-            return str(own)
-        name = "plain"
-    if name in FALLBACKS:
-        file = resources.files("fedllm.data") / "templates" / f"{name}.jinja"
-        return file.read_text(encoding="utf-8")
-    path = Path(name).expanduser()
-    if path.suffix != ".jinja":
-        raise DataError(unknown("chat template", name, ("auto", *FALLBACKS, "FILE.jinja")))
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"model.chat_template: {path} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -124,6 +49,11 @@ class Renderer:
         """Matches any control token."""
         return re.compile("|".join(map(re.escape, self.controls)) or "(?!)")
 
+    @cached_property
+    def support(self) -> support.Support:
+        """What the template writes beside roles and contents."""
+        return support.Support(self.tokenizer, self.template)
+
     def escape(self, text: str) -> str:
         """Return text of the data with its control tokens replaced by numbered marks."""
         clean = _MARKS.sub("", text)
@@ -135,20 +65,65 @@ class Renderer:
         """Return the text that `escape` was given."""
         return _ESCAPED.sub(lambda match: self.controls[int(match[1])], text)
 
+    @staticmethod
+    def is_escaped(text: str) -> bool:
+        """Tell whether a rendered text holds control tokens of the data."""
+        return _OPEN in text
+
     def write(
         self,
         conversations: Sequence[Sequence[Message]],
         wheres: Sequence[str],
         *,
+        tools: Sequence[Tools] | None = None,
         generation: bool = False,
     ) -> list[str]:
         """Apply the chat template to conversations of at least one message.
 
-        With `generation`, each ends with what the template writes before the assistant speaks.
+        Args:
+            conversations: Not modified; control tokens in their texts are escaped.
+            wheres: Where each stands, for messages.
+            tools: What the assistant of each may call; none unless given.
+            generation: End each with what the template writes before the assistant speaks.
 
         Raises:
             DataError: If the template refuses a conversation.
         """
+        turns = [self._turns(c) for c in conversations]
+        if tools is None or not any(tools):
+            return self._written(turns, wheres, (), generation=generation)
+        texts = [""] * len(turns)
+        plain = [i for i, of_row in enumerate(tools) if not of_row]
+        for i, text in zip(
+            plain,
+            self._written(
+                [turns[i] for i in plain], [wheres[i] for i in plain], (), generation=generation
+            ),
+            strict=True,
+        ):
+            texts[i] = text
+        for i, of_row in enumerate(tools):
+            if of_row:
+                schemas = [escaped(tool, self.escape) for tool in of_row]
+                (texts[i],) = self._written([turns[i]], [wheres[i]], schemas, generation=generation)
+        return texts
+
+    def _turns(self, messages: Sequence[Message]) -> list[TemplateTurn]:
+        return as_turns(
+            messages,
+            self.escape,
+            has_reasoning_field=lambda: self.support.writes_reasoning,
+            wants_short_ids=lambda: self.support.wants_short_ids,
+        )
+
+    def _written(
+        self,
+        conversations: Sequence[list[TemplateTurn]],
+        wheres: Sequence[str],
+        tools: Tools,
+        *,
+        generation: bool,
+    ) -> list[str]:
         import jinja2
 
         if not conversations:
@@ -156,11 +131,12 @@ class Renderer:
         try:
             return list(
                 self.tokenizer.apply_chat_template(
-                    [[{"role": m.role, "content": m.content} for m in c] for c in conversations],
+                    conversations,
+                    tools=list(tools) or None,
                     chat_template=self.template,
                     add_generation_prompt=generation,
                     tokenize=False,
-                    **_FIXED,
+                    **FIXED,
                 )
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
@@ -171,57 +147,94 @@ class Renderer:
                     "or set model.chat_template"
                 ) from None
         half = len(conversations) // 2  # find the row that is refused
+        parts = (slice(half), slice(half, None))
         return [
-            *self.write(conversations[:half], wheres[:half], generation=generation),
-            *self.write(conversations[half:], wheres[half:], generation=generation),
+            text
+            for part in parts
+            for text in self._written(
+                conversations[part], wheres[part], tools, generation=generation
+            )
         ]
 
     def render(
-        self, conversations: Sequence[Sequence[Message]], wheres: Sequence[str]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        wheres: Sequence[str],
+        tools: Sequence[Tools] | None = None,
     ) -> list[Rendered]:
-        """Write conversations and mark the answers in them.
+        """Write conversations, each up to its last learned answer, and mark the answers in them.
 
         Args:
-            conversations: Each ends with an answer that a user message precedes.
+            conversations: Each has a learned answer that a user message precedes.
             wheres: Where each stands, for messages.
+            tools: What the assistant of each may call; none unless given.
 
         Raises:
-            DataError: If the template refuses a conversation.
+            DataError: If the template refuses a conversation, or writes no tools and needs to.
         """
-        escaped = [[Message(m.role, self.escape(m.content)) for m in c] for c in conversations]
-        texts = self.write(escaped, wheres)
-        asked = [(row, i) for row, c in enumerate(escaped) for i in _answers(c)]
+        tools = tools or [()] * len(conversations)
+        conversations = [_up_to_the_last_learned(talk) for talk in conversations]
+        for talk, where, of_row in zip(conversations, wheres, tools, strict=True):
+            self.support.check(talk, of_row, where)
+        texts = self.write(conversations, wheres, tools=tools)
+        asked = [(row, i) for row, talk in enumerate(conversations) for i in _answers(talk)]
         prompts = self.write(
-            [escaped[row][:i] for row, i in asked],
+            [conversations[row][:i] for row, i in asked],
             [wheres[row] for row, _ in asked],
+            tools=[tools[row] for row, _ in asked],
             generation=True,
         )
         by_row: list[list[tuple[int, str]]] = [[] for _ in texts]
         for (row, i), prompt in zip(asked, prompts, strict=True):
             by_row[row].append((i, prompt))
-        return [self._mark(*parts) for parts in zip(texts, escaped, by_row, strict=True)]
+        parts = zip(texts, conversations, tools, by_row, strict=True)
+        return [self._mark(*part, where) for part, where in zip(parts, wheres, strict=True)]
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Tools = (), *, where: str = "the request"
+    ) -> list[int]:
+        """Return the tokens that the assistant's answer to a conversation is generated from.
+
+        They are those that training sees before the answer.
+
+        Args:
+            messages: At least one.
+            tools: What the assistant may call.
+            where: What the conversation is, for messages.
+
+        Raises:
+            DataError: If the template refuses the conversation, or writes no tools and needs to.
+        """
+        if not messages:
+            raise DataError(f"{where}: there is no message. Give at least one")
+        self.support.check(messages, tools, where)
+        (text,) = self.write([messages], [where], tools=[tools], generation=True)
+        answers = _answers(messages)
+        heads = self.write(
+            [messages[:i] for i in answers],
+            [where] * len(answers),
+            tools=[tools] * len(answers),
+            generation=True,
+        )
+        turns = marks.found(self, text, messages, list(zip(answers, heads, strict=True)))
+        return pieces.prompt_tokens(self, Rendered(text, turns))[0]
 
     def _mark(
-        self, text: str, messages: Sequence[Message], prompts: Sequence[tuple[int, str]]
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: Tools,
+        prompts: Sequence[tuple[int, str]],
+        where: str,
     ) -> Rendered:
         """Find the answers by prefix difference; those the template rewrites later are masked."""
-        turns = []
-        for i, prompt in prompts:
-            answer, is_last = messages[i].content.strip(), i == prompts[-1][0]
-            end = self._end(text, len(prompt), answer, is_last)
-            if text.startswith(prompt) and end is not None:
-                turns.append(Turn(len(prompt), end, i))
-            elif is_last:  # inference will see this prompt, so training does
-                text = prompt + answer + (self.end_of_turn or "")
-                turns = [Turn(len(prompt), len(text), i)]
-        return Rendered(text[: turns[-1].end], tuple(turns))
-
-    def _end(self, text: str, start: int, answer: str, is_last: bool) -> int | None:
-        mark = answer
-        if self.end_of_turn and (is_last or self.ends_every_turn):
-            mark = self.end_of_turn
-        at = text.find(mark, start)
-        return None if at < 0 else at + len(mark)
+        *_, (i, prompt) = prompts
+        turns = marks.found(self, text, messages, prompts)
+        if not turns or turns[-1].message != i:  # inference will see this prompt, so training does
+            (before,) = self.write([messages[:i]], [where], tools=[tools])
+            text = prompt + marks.spoken(self, text, prompt, before, messages[i])
+            turns = (Turn(len(prompt), len(text), i),)
+        return Rendered(text[: turns[-1].end], turns)
 
 
 def make_renderer(tokenizer: Tokenizer, template: str) -> Renderer:
@@ -249,3 +262,8 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     """Return which messages are answers to something a user said."""
     first = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))
     return [i for i, m in enumerate(messages) if m.role == "assistant" and i > first]
+
+
+def _up_to_the_last_learned(messages: Sequence[Message]) -> Sequence[Message]:
+    last = max(i for i in _answers(messages) if messages[i].is_learned)
+    return messages[: last + 1]

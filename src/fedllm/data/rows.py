@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from fedllm.data.faults import RowFault
 
 Task = Literal["classification", "qa", "math", "chat", "text", "preference", "rated"]
 
-Record = tuple[str, Mapping[str, Any]]
-"""Where a row stands ("train.jsonl:12") and its columns as the file has them."""
+TALK: tuple[Task, ...] = ("qa", "math", "chat")
+"""Tasks whose rows are conversations that answers are learned from."""
+
+Record = tuple[str, Mapping[str, Any] | RowFault]
+"""Where a row stands ("train.jsonl:12"), and its columns in the file or what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +101,5 @@ class Rows:
     """Class names in the order of their ids; empty unless the task is classification."""
     source: str
     """Where train and test come from, in one line."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Why broken rows are left out, and how many."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config import DataConfig
+from fedllm.data.dataset_info import Origin
 from fedllm.data.formats import SUFFIXES, missing, read_file
 from fedllm.data.rows import Record
 from fedllm.errors import DataError, did_you_mean, unknown
@@ -29,23 +30,27 @@ class Source:
     test_name: str
 
 
-def read_source(config: DataConfig) -> Source:
-    """Read both splits from a built-in data set, a file, a folder or the hub.
+def read_source(config: DataConfig, origin: Origin) -> Source:
+    """Read both splits of a built-in data set, a file, a folder or a hub data set.
+
+    Args:
+        config: Which splits, and `test_path`.
+        origin: One path of `data.path`.
 
     Raises:
         DataError: If the source or one of its splits is missing or unreadable.
     """
-    path = Path(config.path).expanduser()
-    if config.path.startswith("builtin:"):
-        source = _builtin(config.path.removeprefix("builtin:"))
+    path = Path(origin.path).expanduser()
+    if origin.path.startswith("builtin:"):
+        source = _builtin(origin.path.removeprefix("builtin:"))
     elif path.is_dir():
-        source = _folder(config, path)
+        source = _joined(path) if origin.joins_folder else _folder(config, origin, path)
     elif path.is_file():
         source = _file(config, path)
-    elif path.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(config.path):
+    elif path.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(origin.path):
         raise DataError(missing(path))
     else:
-        source = _hub(config)
+        source = _hub(config, origin)
     if config.test_path is None:
         return source
     test = Path(config.test_path).expanduser()
@@ -76,7 +81,15 @@ def _file(config: DataConfig, path: Path) -> Source:
     return Source(read_file(path), None, str(path), str(path))
 
 
-def _folder(config: DataConfig, folder: Path) -> Source:
+def _joined(folder: Path) -> Source:
+    """Read all files of a folder as one split without a test split."""
+    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.is_file()]
+    if not files:
+        raise DataError(f"{folder}: no data files in this folder. Known: {', '.join(SUFFIXES)}")
+    return Source([r for f in files for r in read_file(f)], None, str(folder), str(folder))
+
+
+def _folder(config: DataConfig, origin: Origin, folder: Path) -> Source:
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in SUFFIXES and file.is_file():
@@ -93,27 +106,27 @@ def _folder(config: DataConfig, folder: Path) -> Source:
             raise DataError(f"{folder}: split '{split}' has several files: {names}. Keep one")
         return [record for part in parts for record in read_file(part)]
 
-    test = _choose_splits(config, list(files), str(folder))
+    test = choose_splits(config, origin.split, list(files), str(folder))
     return Source(
-        records(config.train_split),
+        records(origin.split),
         None if test is None else records(test),
-        f"{folder} {config.train_split}",
-        f"{folder} {test or config.train_split}",
+        f"{folder} {origin.split}",
+        f"{folder} {test or origin.split}",
     )
 
 
-def _choose_splits(config: DataConfig, splits: Sequence[str], where: str) -> str | None:
+def choose_splits(config: DataConfig, train: str, splits: Sequence[str], where: str) -> str | None:
     """Return the test split to use, or None for a hold-out; check that train is there."""
-    if config.train_split not in splits:
+    if train not in splits:
         raise DataError(
-            f"{where}: no split '{config.train_split}'."
-            f"{did_you_mean(config.train_split, splits)} It has: {', '.join(splits)}. "
+            f"{where}: no split '{train}'."
+            f"{did_you_mean(train, splits)} It has: {', '.join(splits)}. "
             "Set data.train_split"
         )
     if config.test_path is not None:
         return None
     if config.test_split == "auto":
-        others = (name for name in TEST_SPLITS if name in splits and name != config.train_split)
+        others = (name for name in TEST_SPLITS if name in splits and name != train)
         return next(others, None)
     if config.test_split not in splits:
         raise DataError(
@@ -121,7 +134,7 @@ def _choose_splits(config: DataConfig, splits: Sequence[str], where: str) -> str
             f"{did_you_mean(config.test_split, splits)} It has: {', '.join(splits)}. "
             "Set data.test_split"
         )
-    if config.test_split == config.train_split:
+    if config.test_split == train:
         raise DataError(
             f"data.test_split and data.train_split are both '{config.test_split}'; testing on "
             "training rows says nothing. Leave test_split on auto to hold rows out"
@@ -129,30 +142,31 @@ def _choose_splits(config: DataConfig, splits: Sequence[str], where: str) -> str
     return config.test_split
 
 
-def _hub(config: DataConfig) -> Source:
+def _hub(config: DataConfig, origin: Origin) -> Source:
     import datasets
 
     try:
-        found = datasets.load_dataset(config.path, config.subset)
+        words = {} if origin.folder is None else {"data_dir": origin.folder}
+        found = datasets.load_dataset(origin.path, origin.subset, **words)
     except Exception as error:  # the hub's client raises dozens of kinds: network, names, scripts
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"'{config.path}' is no file or folder here, and as a hub data set it could not be "
+            f"'{origin.path}' is no file or folder here, and as a hub data set it could not be "
             f"loaded: {lines[0].rstrip('.')}. Check the name, data.subset and the network"
         ) from None
-    test = _choose_splits(config, list(found), config.path)
+    test = choose_splits(config, origin.split, list(found), origin.path)
 
     def records(split: str) -> list[Record]:
         rows = found[split]
         names = {c: f.names for c, f in rows.features.items() if hasattr(f, "names")}
-        where = f"{config.path} {split}"
+        where = f"{origin.path} {split}"
         return [(f"{where} row {i}", _named(row, names)) for i, row in enumerate(rows, start=1)]
 
     return Source(
-        records(config.train_split),
+        records(origin.split),
         None if test is None else records(test),
-        f"{config.path} {config.train_split}",
-        f"{config.path} {test or config.train_split}",
+        f"{origin.path} {origin.split}",
+        f"{origin.path} {test or origin.split}",
     )
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 
 from fedllm.config import DataConfig, PartitionConfig
 from fedllm.data.columns import Recognised, Wanted, to_rows
-from fedllm.data.rows import Row, Rows, Task
+from fedllm.data.dataset_info import Origin, origins
+from fedllm.data.faults import Broken, counted, refuse
+from fedllm.data.mixing import mixed
+from fedllm.data.rows import TALK, Row, Rows, Task
 from fedllm.data.sources import Source, read_source
 from fedllm.errors import DataError, did_you_mean
 from fedllm.seeding import rng
@@ -32,54 +37,143 @@ def load_rows(config: DataConfig, seed: int, *, partition: PartitionConfig | Non
     Raises:
         DataError: If the data cannot be read or does not fit the configuration.
     """
-    wanted = _wanted(config, partition)
-    source = read_source(config)
-    found = to_rows(source.train, wanted, source=source.train_name)
+    found = [_read(config, origin, partition) for origin in origins(config)]
     task = _task(config, found)
-    train = found.rows
-    if source.test is None:
-        train, test = _hold_out(train, config.holdout, seed, source.train_name)
-        origin = f"{source.train_name}; {len(test)} of its rows are held out for testing"
-    else:
-        test = _official_test(source, wanted, found)
-        origin = f"{source.train_name}; tested on {source.test_name}"
-    names = _label_names(train, test, source.test_name) if task == "classification" else ()
+    has_tests = any(one.test is not None for one in found)
+    splits = []
+    for number, one in enumerate(found):
+        splits.append(one if has_tests else _with_hold_out(one, config.holdout, seed, number))
+    train = _mix(config, splits, seed)
+    test = _tests(config, splits)
+    names = (
+        _label_names(train, test, splits[0].source.test_name) if task == "classification" else ()
+    )
     return Rows(
         train=_limit(train, config.max_train_rows, seed, "train"),
         test=_limit(test, config.max_test_rows, seed, "test"),
         task=task,
         label_names=names,
-        source=origin,
+        source="; ".join(dict.fromkeys(one.title for one in splits)),
+        dropped=counted([fault for one in found for fault in one.broken]),
     )
 
 
-def _wanted(config: DataConfig, partition: PartitionConfig | None) -> Wanted:
+@dataclass(frozen=True)
+class _Found:
+    """The rows of one path."""
+
+    origin: Origin
+    source: Source
+    recognised: Recognised
+    train: list[Row]
+    test: list[Row] | None
+    broken: list[Broken]
+    title: str
+
+
+def _read(config: DataConfig, origin: Origin, partition: PartitionConfig | None) -> _Found:
+    wanted = wanted_of(config, origin, partition)
+    source = read_source(config, origin)
+    found = to_rows(source.train, wanted, source=source.train_name)
+    _refuse(config, found, source.train_name)
+    if source.test is None:
+        return _Found(origin, source, found, found.rows, None, found.broken, source.train_name)
+    test = _official_test(source, wanted, found)
+    _refuse(config, test, source.test_name)
+    title = f"{source.train_name}; tested on {source.test_name}"
+    return _Found(origin, source, found, found.rows, test.rows, found.broken + test.broken, title)
+
+
+def _refuse(config: DataConfig, found: Recognised, source: str) -> None:
+    total = len(found.rows) + len(found.broken)
+    share = config.max_broken_share if found.rows else 0.0
+    refuse(found.broken, total=total, share=share, source=source)
+
+
+def _with_hold_out(found: _Found, share: float, seed: int, number: int) -> _Found:
+    where = found.source.train_name
+    train, test = _hold_out(found.train, share, seed, where, number)
+    title = f"{where}; {len(test)} of its rows are held out for testing"
+    return replace(found, train=train, test=test, title=title)
+
+
+def _mix(config: DataConfig, found: Sequence[_Found], seed: int) -> list[Row]:
+    """Return the training rows of all paths, as many of each as asked, mixed."""
+    sources = [_sampled(config, one, seed, number) for number, one in enumerate(found)]
+    if len(sources) == 1:
+        return sources[0]
+    return list(
+        mixed(
+            [partial(iter, rows) for rows in sources],
+            config.mix,
+            weights=config.mix_weights,
+            generator=rng(seed, "data", "mix"),
+        )
+    )
+
+
+def _sampled(config: DataConfig, found: _Found, seed: int, number: int) -> list[Row]:
+    rows, wanted = found.train, found.origin.num_rows
+    if wanted is not None and wanted != len(rows):
+        generator = rng(seed, "data", "samples", number)
+        once = generator.permutation(len(rows))[:wanted].tolist()
+        again = generator.integers(len(rows), size=wanted - len(once)).tolist()
+        rows = [rows[i] for i in sorted(once) + again]
+    most = config.max_rows_per_source
+    return list(_limit(rows, most, seed, f"source {number}"))
+
+
+def _tests(config: DataConfig, found: Sequence[_Found]) -> list[Row]:
+    """Return the test rows of all paths; `test_path` is one for all."""
+    tests = [one.test for one in found if one.test is not None]
+    return tests[0] if config.test_path is not None else [row for test in tests for row in test]
+
+
+def wanted_of(config: DataConfig, origin: Origin, partition: PartitionConfig | None) -> Wanted:
+    """Return what the configuration says about the columns of one path."""
     by = partition.by if partition else None
     is_owner = partition is not None and partition.name == "column"
     return Wanted(
-        columns=config.columns,
+        columns=origin.columns,
         task=config.task,
         group=None if is_owner else by,
         client=by if is_owner else None,
+        tags=origin.tags,
+        required=origin.required,
     )
 
 
-def _official_test(source: Source, wanted: Wanted, train: Recognised) -> list[Row]:
+def _official_test(source: Source, wanted: Wanted, train: Recognised) -> Recognised:
     found = to_rows(source.test or [], wanted, source=source.test_name)
     if found.shape is not train.shape:
         raise DataError(
             f"{source.test_name} has rows of the shape '{found.shape.name}', but those of "
             f"{source.train_name} are '{train.shape.name}'. Give both the same columns"
         )
-    return found.rows
+    return found
 
 
-def _task(config: DataConfig, found: Recognised) -> Task:
-    """Return the task that is told, or the one that the rows look like."""
+def _task(config: DataConfig, found: Sequence[_Found]) -> Task:
+    """Return the task that is told, or the one that the rows of all paths look like."""
     if config.task != "auto":
         return config.task
-    if len(found.shape.tasks) == 1:
-        return found.shape.tasks[0]
+    tasks = [task_of(one.recognised) for one in found]
+    kinds = ["talk" if task in TALK else task for task in tasks]
+    for one, kind in zip(found, kinds, strict=True):
+        if kind != kinds[0]:
+            raise DataError(
+                f"data.path: {found[0].source.train_name} and {one.source.train_name} cannot be "
+                f"mixed: the rows of one are '{kinds[0]}', of the other '{kind}'. Give them the "
+                "same columns, or set data.task to one that both can be used for"
+            )
+    return tasks[0] if len(set(tasks)) == 1 else "chat"
+
+
+def task_of(found: Recognised) -> Task:
+    """Return what rows look like."""
+    usual, *others = found.shape.tasks
+    if not others or usual not in TALK:
+        return usual
     rows = found.rows
     if any(sum(m.role == "assistant" for m in row.messages) > 1 for row in rows):
         return "chat"
@@ -89,14 +183,17 @@ def _task(config: DataConfig, found: Recognised) -> Task:
     return "qa" if found.has_category or is_short else "chat"
 
 
-def _hold_out(rows: list[Row], share: float, seed: int, where: str) -> tuple[list[Row], list[Row]]:
+def _hold_out(
+    rows: list[Row], share: float, seed: int, where: str, number: int
+) -> tuple[list[Row], list[Row]]:
     """Divide rows into train and test, evenly over labels, so that train keeps every label."""
     if len(rows) < 2:
         raise DataError(
             f"{where}: there is no test split, and {len(rows)} row is too few to hold one out. "
             "Give data.test_path or more rows"
         )
-    order = rng(seed, "data", "holdout").permutation(len(rows)).tolist()
+    stream = ("data", "holdout", number) if number else ("data", "holdout")
+    order = rng(seed, *stream).permutation(len(rows)).tolist()
     seen: set[str | None] = {None}
     spare = []  # all but the first row of each label
     for i in order:
