@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm.central.llamafactory import Mapped, is_llamafactory, mapped
+from fedllm.central.llamafactory import is_llamafactory, mapped
+from fedllm.central.llamafactory_values import Mapped
 from fedllm.central.stages import problems
 from fedllm.config import CentralConfig, apply_overrides, is_central, read, validate_central
 from fedllm.errors import ConfigError

@@ -52,16 +52,6 @@ RENAMED: Mapping[str, str] = {
 }
 """Their key to ours; the value is the same."""
 
-CONVERTED = (
-    "dataset", "eval_dataset", "dataset_dir", "output_dir", "run_name", "finetuning_type",
-    "lora_target", "pissa_init", "quantization_bit", "bf16", "fp16", "pure_bf16", "optim",
-    "warmup_ratio", "warmup_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-    "report_to", "val_size", "mix_strategy", "interleave_probs", "pref_loss", "adam_beta1",
-    "adam_beta2", "disable_shuffling", "disable_gradient_checkpointing", "use_cpu", "template",
-    "enable_thinking", "fsdp_config", "stage",
-)  # fmt: skip
-"""Keys whose value means something else here, or that more than one key decides."""
-
 _OURS = "fedllm always does so"
 _ALONE = "only of use to another command"
 _SPEED = "changes speed or memory alone; not offered"

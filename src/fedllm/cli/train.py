@@ -13,7 +13,7 @@ from fedllm.cli.errors import nearby_examples, reported, tell
 from fedllm.errors import FedLLMError
 
 if TYPE_CHECKING:
-    from fedllm.central.llamafactory import Mapped
+    from fedllm.central.llamafactory_values import Mapped
     from fedllm.config import CentralConfig
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from fedllm.config.schema import DataConfig, Fraction, ModelConfig, NonNegative
+from fedllm.config.data import DataConfig
+from fedllm.config.schema import Fraction, ModelConfig, NonNegative
 from fedllm.config.section import Section
 
 Stage = Literal["sft", "pt", "dpo", "kto", "rm", "orpo", "simpo", "grpo"]
