@@ -11,7 +11,7 @@ from tiny_tokenizers import tiny_tokenizer
 
 from fedllm.config import DataConfig
 from fedllm.data import Dataset, TokenSet, load_dataset
-from fedllm.data import dataset as dataset_module
+from fedllm.data import writer as writer_module
 from fedllm.data.cache import cache_dir
 from fedllm.errors import DataError
 
@@ -142,13 +142,13 @@ def test_a_truncated_conversation_is_tested_on_its_last_answer(tmp_path: Path) -
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count how often rows are really tokenised."""
     calls: list[int] = []
-    encode = dataset_module.encode_conversations
+    encode = writer_module.encode_conversations
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **settings: Any) -> Any:
         calls.append(len(arguments[1]))
-        return encode(*arguments)
+        return encode(*arguments, **settings)
 
-    monkeypatch.setattr(dataset_module, "encode_conversations", counted)
+    monkeypatch.setattr(writer_module, "encode_conversations", counted)
     return calls
 
 

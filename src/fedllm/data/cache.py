@@ -18,7 +18,7 @@ import numpy as np
 from fedllm.data.template import Tokenizer
 from fedllm.data.tokens import Encoded
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same input would give other tokens."""
 
 _log = logging.getLogger(__name__)

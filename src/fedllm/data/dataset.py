@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,17 +10,13 @@ from typing import Literal
 import numpy as np
 
 from fedllm.config import DataConfig, PartitionConfig
-from fedllm.data.cache import cached, fingerprint, key_of
-from fedllm.data.overlong import Limits
-from fedllm.data.render import Renderer, make_renderer
 from fedllm.data.rows import Message, Row, Rows, Task
+from fedllm.data.selftest import check_prompts
 from fedllm.data.tasks import load_rows
-from fedllm.data.template import Tokenizer, chat_template
-from fedllm.data.tokenise import encode_conversations, encode_for_classes, encode_texts
-from fedllm.data.tokens import Encoded, TokenSet
+from fedllm.data.template import Tokenizer
+from fedllm.data.tokens import Encoded, TokenSet, select
+from fedllm.data.writer import Kind, Writer
 from fedllm.errors import DataError
-
-Kind = Literal["causal-lm", "sequence-classification"]
 
 
 @dataclass(frozen=True)
@@ -68,103 +65,37 @@ def load_dataset(
     """
     rows = load_rows(config, seed, partition=partition)
     kind = kind if isinstance(kind, str) else kind(rows.task)
-    writer = _Writer.for_task(config, tokenizer, rows.task, kind, template)
-    train, kept_train, short_train = _split(writer, rows, "training")
-    test, kept_test, short_test = _split(writer, rows, "test")
-    dropped = len(rows.train) + len(rows.test) - len(kept_train) - len(kept_test)
+    writer = Writer.for_task(config, tokenizer, rows.task, kind, template)
+    train, kept_train, lost_train, short_train = _split(writer, rows, "training")
+    test, kept_test, lost_test, short_test = _split(writer, rows, "test")
+    dropped = Counter(rows.dropped) + lost_train + lost_test
     return Dataset(
         task=rows.task,
         train=train,
         test=test,
         label_names=rows.label_names,
         rows=replace(rows, train=kept_train, test=kept_test),
-        dropped={"overlong": dropped} if dropped else {},
+        dropped=dict(dropped),
         truncated=short_train + short_test,
         stop_ids=writer.stop_ids(),
         source=rows.source,
     )
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """How the rows of one task become tokens for one kind of model."""
-
-    config: DataConfig
-    tokenizer: Tokenizer
-    renderer: Renderer | None
-    """Writes conversations; None where rows stay plain text."""
-    kind: Kind
-    fingerprint: str | None
-    """Of the tokenizer; None where tokens are not cached."""
-
-    @classmethod
-    def for_task(
-        cls, config: DataConfig, tokenizer: Tokenizer, task: Task, kind: Kind, template: str
-    ) -> _Writer:
-        if kind == "sequence-classification" and task != "classification":
-            raise DataError(
-                f"a sequence-classification model needs labelled texts, but the task is '{task}'. "
-                "Set data.columns: {text: YOURS, label: YOURS}, or model.kind: causal-lm"
-            )
-        has_talk = kind == "causal-lm" and task != "text"
-        return cls(
-            config,
-            tokenizer,
-            make_renderer(tokenizer, chat_template(tokenizer, template)) if has_talk else None,
-            kind,
-            fingerprint(tokenizer) if config.cache else None,
-        )
-
-    def conversations(self, rows: Sequence[Row]) -> list[tuple[Message, ...]]:
-        """Return what is written for each row; empty where rows stay plain text."""
-        if self.renderer is None:
-            return [()] * len(rows)
-        return [_conversation(row, self.config.system_prompt) for row in rows]
-
-    def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Tokenise, or take from the cache."""
-        limits = Limits(self.config.max_length, self.config.overlong)
-        wheres = [row.where for row in rows]
-        texts = [row.text or "" for row in rows]
-        talks = self.conversations(rows)
-
-        def make() -> Encoded:
-            if self.renderer is not None:
-                return encode_conversations(self.renderer, talks, wheres, limits)
-            if self.kind == "causal-lm":
-                return encode_texts(self.tokenizer, texts, wheres, limits)
-            return encode_for_classes(self.tokenizer, texts, wheres, limits)
-
-        if self.fingerprint is None:
-            return make()
-        template = self.renderer.template if self.renderer else None
-        contents = [[(m.role, m.content) for m in talk] for talk in talks] if template else texts
-        settings = [self.kind, template, limits.max_length, limits.overlong]
-        return cached(key_of([self.fingerprint, settings, contents]), make)
-
-    def stop_ids(self) -> tuple[int, ...]:
-        """Return the tokens that end an answer."""
-        end = self.renderer.end_of_turn if self.renderer else None
-        found = [self.tokenizer.convert_tokens_to_ids(end)] if end else []
-        found.append(self.tokenizer.eos_token_id)
-        return tuple(dict.fromkeys(int(token) for token in found if token is not None))
-
-
-def _conversation(row: Row, system_prompt: str | None) -> tuple[Message, ...]:
-    messages = row.messages
-    if row.text is not None:
-        messages = (Message("user", row.text), Message("assistant", row.answer))
-    if system_prompt and not any(message.role == "system" for message in messages):
-        messages = (Message("system", system_prompt), *messages)
-    return messages
-
-
 def _split(
-    writer: _Writer, rows: Rows, name: Literal["training", "test"]
-) -> tuple[TokenSet, tuple[Row, ...], int]:
-    """Return a split's tokens, the rows behind them, and how many of them were shortened."""
+    writer: Writer, rows: Rows, name: Literal["training", "test"]
+) -> tuple[TokenSet, tuple[Row, ...], Counter[str], int]:
+    """Return a split's tokens, the rows behind them, why rows are dropped, and how many are cut."""
     split = rows.train if name == "training" else rows.test
-    made = writer.encode(split)
+    made = writer.encode(split, is_test=name == "test")
+    rejected = None
+    if rows.task == "preference":
+        worse = writer.encode(split, is_test=name == "test", side="rejected")
+        _, first, second = np.intersect1d(made.kept, worse.kept, return_indices=True)
+        refused = np.union1d(made.refused, worse.refused)
+        made, worse = replace(select(made, first), refused=refused), select(worse, second)
+        rejected = worse
+    writer.refuse(made, split, name)
     kept = tuple(split[i] for i in made.kept.tolist())
     if not kept:
         raise DataError(
@@ -172,7 +103,17 @@ def _split(
             f"{writer.config.max_length}. Raise it, or set data.overlong: truncate"
         )
     tokens = _token_set(made, kept, writer.conversations(kept), rows.label_names)
-    return tokens, kept, int(made.truncated)
+    truncated = made.truncated
+    if rejected is not None:
+        talks = writer.conversations(kept, "rejected")
+        tokens = replace(tokens, rejected=_token_set(rejected, kept, talks, ()))
+        truncated = truncated | rejected.truncated
+    if rows.task == "rated":
+        tokens = replace(tokens, desirable=np.array([row.is_desirable for row in kept], np.bool_))
+    dropped = Counter(refused=len(made.refused))
+    dropped["overlong"] = len(split) - len(kept) - len(made.refused)
+    check_prompts(writer, made, kept)
+    return tokens, kept, dropped, int(truncated.sum())
 
 
 def _token_set(

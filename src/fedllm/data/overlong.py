@@ -9,6 +9,10 @@ How a conversation is shortened (`overlong: truncate`):
    it stays, above all the header that makes the assistant speak.
 4. Where that leaves less than one token of the user's, the answer gives way further.
 5. A row of which not even one token on either side would be left is dropped and counted.
+
+Two kinds of rows are shortened with more care. The prompt of a test row must not depend on the
+answer it is compared with, so there the answer gives way first. And the two sides of a preference
+pair share their prompt, so only their answers are cut.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from typing import Literal
 from fedllm.data.tokens import Span
 from fedllm.errors import DataError
 
+Cuts = Literal["both", "answer-first", "answer"]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -27,6 +33,9 @@ class Limits:
 
     max_length: int
     overlong: Literal["drop", "truncate", "error"]
+    cuts: Cuts = "both"
+    """What `truncate` may cut of a conversation: as above; the answer first, and the prompt only
+    where that is not enough; or the answer alone."""
 
     def keeps(self, length: int, where: str) -> bool:
         """Tell whether a row of this length stays as it is.
@@ -52,7 +61,12 @@ class Talk:
 
 
 def shorten(
-    talk: Talk, room: int, *, is_ended: bool, user_part: Callable[[int], Span]
+    talk: Talk,
+    room: int,
+    *,
+    is_ended: bool,
+    user_part: Callable[[int], Span],
+    cuts: Cuts = "both",
 ) -> Talk | None:
     """Return the conversation in at most `room` tokens, or None if that cannot be done.
 
@@ -61,15 +75,18 @@ def shorten(
         room: Most tokens.
         is_ended: Whether the last token of each answer ends the turn, so that it must stay.
         user_part: From the number of an answer to the tokens of the user message before it.
+        cuts: What may be cut (see `Limits.cuts`).
     """
     whole = [span for span in talk.learned if span[1] <= room]
     if whole:
         return Talk(talk.tokens[: whole[-1][1]], whole, talk.answers[: len(whole)])
     start, end = talk.learned[0]
-    first, last = user_part(0)
+    fewest = 1 + is_ended
+    first, last = user_part(0) if cuts != "answer" else (start, start)
     least = start - max(last - first - 1, 0)  # a prompt with one token of the user's
-    length = min(end - start, max(room - start, min(room // 2, room - least)))
-    if length < 1 + is_ended:
+    wanted = room // 2 if cuts == "both" else fewest
+    length = min(end - start, max(room - start, min(wanted, room - least)))
+    if length < fewest:
         return None
     answer = talk.tokens[start : start + length]
     if is_ended:

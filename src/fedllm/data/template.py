@@ -31,6 +31,9 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Write conversations."""
 
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """Write tokens as text."""
+
     def convert_tokens_to_ids(self, *args: Any, **kwargs: Any) -> Any:
         """Look tokens up in the vocabulary."""
 

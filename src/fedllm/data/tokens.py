@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -61,6 +61,7 @@ class TokenRow:
     """Number of the row it was made from."""
     answer: int = 0
     """Which message is its last answer."""
+    is_truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ class Encoded:
     """Number of the row that each was made from."""
     answers: npt.NDArray[np.int64]
     """Which message of the conversation is the last answer of each."""
-    truncated: npt.NDArray[np.int64]
-    """How many rows were shortened, shape ()."""
+    truncated: npt.NDArray[np.bool_]
+    """Whether each was shortened."""
+    refused: npt.NDArray[np.int64]
+    """Numbers of the rows that the chat template refused."""
 
 
-def pack(rows: Sequence[TokenRow], *, truncated: int) -> Encoded:
-    """Lay rows out one after another."""
+def pack(rows: Sequence[TokenRow], refused: Sequence[int] = ()) -> Encoded:
+    """Lay rows out one after another; `refused` are the numbers of those that are not."""
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row.tokens) for row in rows], out=offsets[1:])
     total = int(offsets[-1])
@@ -96,5 +99,27 @@ def pack(rows: Sequence[TokenRow], *, truncated: int) -> Encoded:
         prompt_lengths=np.array([row.prompt_length for row in rows], np.int32),
         kept=np.array([row.row for row in rows], np.int64),
         answers=np.array([row.answer for row in rows], np.int64),
-        truncated=np.array(truncated, np.int64),
+        truncated=np.array([row.is_truncated for row in rows], np.bool_),
+        refused=np.array(refused, np.int64),
+    )
+
+
+def select(encoded: Encoded, rows: npt.NDArray[np.int64]) -> Encoded:
+    """Return some of the rows, by their places in `encoded`, in that order."""
+    if np.array_equal(rows, np.arange(len(encoded.kept))):
+        return encoded
+    starts, ends = encoded.offsets[rows], encoded.offsets[rows + 1]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])
+    places = np.concatenate(
+        [np.zeros(0, np.int64), *(np.arange(a, b) for a, b in zip(starts, ends, strict=True))]
+    )
+    return replace(
+        encoded,
+        tokens=encoded.tokens[places],
+        supervised=encoded.supervised[places],
+        offsets=offsets,
+        prompt_lengths=encoded.prompt_lengths[rows],
+        kept=encoded.kept[rows],
+        answers=encoded.answers[rows],
+        truncated=encoded.truncated[rows],
     )
