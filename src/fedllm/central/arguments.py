@@ -25,12 +25,8 @@ def arguments(config: CentralConfig, tuned: Tuned, folder: Path) -> dict[str, An
         config: The checked configuration.
         tuned: The model.
         folder: Where checkpoints go.
-
-    Raises:
-        ConfigError: If an optimiser or a scheduler is not one of transformers'.
     """
     training = config.training
-    _check_names(config)
     half = autocast(config, tuned.loaded.model.dtype)
     return {
         "output_dir": str(folder),
@@ -154,7 +150,12 @@ def _of_stage(config: CentralConfig) -> dict[str, Any]:
             }
 
 
-def _check_names(config: CentralConfig) -> None:
+def check_names(config: CentralConfig) -> None:
+    """Refuse optimisers and schedulers that transformers does not have.
+
+    Raises:
+        ConfigError: If a name is unknown.
+    """
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
 

@@ -92,11 +92,13 @@ def build(config: CentralConfig, say: Say = lambda text: None) -> Parts:
     tokenizer = load_tokenizer(config.model)
     data, owners = cut(config, load_tokens(config, tokenizer))
     say("loading the model")
+    from fedllm.central.arguments import check_names
     from fedllm.central.examples import examples
     from fedllm.central.measuring import Measure
     from fedllm.central.tuning import Tuned, stage_kind
     from fedllm.models import load_model
 
+    check_names(config)
     loaded = load_model(
         config.model,
         kind=stage_kind(config.stage),
