@@ -55,12 +55,12 @@ def _central() -> Iterator[str]:
         "## Central runs\n\nA configuration with the key `stage` is one of `fedllm train`. `model` and"
         " `data` are as above; the other sections are these.\n"
     )
-    kinds = {name: info.annotation for name, info in CentralConfig.model_fields.items()}
+    kinds: dict[str, Any] = {n: info.annotation for n, info in CentralConfig.model_fields.items()}
     nested = {name: kind for name, kind in kinds.items() if _is_model(kind)}
     rows = [row for row in _rows(CentralConfig) if row[0].strip("`") not in nested]
     yield _table(("key", "values", "default", "meaning"), rows) + "\n"
     for name, kind in nested.items():
-        if kind is not None and name not in ("model", "data"):
+        if name not in ("model", "data"):
             yield from _section(name, kind)
 
 

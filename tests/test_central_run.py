@@ -135,7 +135,7 @@ def test_a_reward_function_that_is_not_there_is_named(tmp_path: Path) -> None:
 
     file = tmp_path / "judge.py"
     file.write_text("def brief(a, r): return 1.0\n")
-    with pytest.raises(FedLLMError, match="no function 'breif'. Did you mean 'brief'"):
+    with pytest.raises(FedLLMError, match=r"no function 'breif'\. Did you mean 'brief'"):
         reward_function(f"{file}:breif")
     with pytest.raises(FedLLMError, match="no file"):
         reward_function("nowhere.py:brief")

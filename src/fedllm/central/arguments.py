@@ -9,6 +9,7 @@ import torch
 
 from fedllm.central.tuning import Tuned
 from fedllm.config import CentralConfig
+from fedllm.config.central import ObjectiveConfig, OptimisationConfig
 from fedllm.errors import ConfigError, unknown
 from fedllm.seeding import derive
 
@@ -27,9 +28,42 @@ def arguments(config: CentralConfig, tuned: Tuned, folder: Path) -> dict[str, An
         folder: Where checkpoints go.
     """
     training = config.training
+    device = tuned.loaded.model.device.type
     half = autocast(config, tuned.loaded.model.dtype)
     return {
         "output_dir": str(folder),
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": half is torch.bfloat16,
+        "fp16": half is torch.float16,
+        "use_cpu": device == "cpu",
+        "seed": derive(config.seed, "training") % _LARGEST_SEED,
+        "data_seed": derive(config.seed, "order") % _LARGEST_SEED,
+        "logging_steps": training.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": [] if config.tracking == "none" else [config.tracking],
+        "run_name": config.name,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": training.dataloader_workers,
+        "dataloader_pin_memory": device == "cuda",
+        "ddp_timeout": _NO_LIMIT_S,
+        "ddp_find_unused_parameters": False,
+        "deepspeed": training.deepspeed,
+        "fsdp": training.fsdp or "",
+        "fsdp_config": training.fsdp_config,
+        **_of_steps(training),
+        **_of_order(config),
+        **_of_stage(config),
+    }
+
+
+def _of_steps(training: OptimisationConfig) -> dict[str, Any]:
+    """Return what decides the steps of the optimiser."""
+    return {
         "per_device_train_batch_size": training.batch_size,
         "per_device_eval_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
@@ -45,31 +79,6 @@ def arguments(config: CentralConfig, tuned: Tuned, folder: Path) -> dict[str, An
         "adam_epsilon": training.epsilon,
         "max_grad_norm": training.max_grad_norm,
         "neftune_noise_alpha": training.neftune_alpha,
-        "gradient_checkpointing": training.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "bf16": half is torch.bfloat16,
-        "fp16": half is torch.float16,
-        "use_cpu": tuned.loaded.model.device.type == "cpu",
-        "seed": derive(config.seed, "training") % _LARGEST_SEED,
-        "data_seed": derive(config.seed, "order") % _LARGEST_SEED,
-        "logging_steps": training.log_every,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "report_to": [] if config.tracking == "none" else [config.tracking],
-        "run_name": config.name,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_num_workers": training.dataloader_workers,
-        "dataloader_pin_memory": tuned.loaded.model.device.type == "cuda",
-        "ddp_timeout": _NO_LIMIT_S,
-        "ddp_find_unused_parameters": False,
-        "deepspeed": training.deepspeed,
-        "fsdp": training.fsdp or "",
-        "fsdp_config": training.fsdp_config,
-        **_of_order(config),
-        **_of_stage(config),
     }
 
 
@@ -101,53 +110,61 @@ def _of_order(config: CentralConfig) -> dict[str, Any]:
 
 def _of_stage(config: CentralConfig) -> dict[str, Any]:
     """Return the settings of a stage's own objective."""
-    objective = config.objective
-    beta = objective.beta if objective.beta is not None else _BETAS.get(config.stage, 0.1)
-    match config.stage:
+    objective, stage = config.objective, config.stage
+    given = _BETAS.get(stage, 0.1) if objective.beta is None else objective.beta
+    # rows have their length already; two of TRL's trainers know no "any"
+    longest = config.data.max_length if stage in ("orpo", "simpo") else None
+    common = {"beta": given, "max_length": longest}
+    match stage:
         case "sft" | "pt":
+            settings = {"skip_prepare_dataset": True}
             return {
-                "dataset_kwargs": {"skip_prepare_dataset": True},
+                "dataset_kwargs": settings,
                 "padding_free": config.is_packed,
                 "max_length": None,
             }
         case "dpo":
-            losses, weights = [objective.loss], [1.0]
-            if objective.sft_weight:
-                losses, weights = [*losses, "sft"], [*weights, objective.sft_weight]
-            return {
-                "beta": beta,
-                "loss_type": losses,
-                "loss_weights": weights,
-                "label_smoothing": objective.label_smoothing,
-                "max_length": None,
-            }
+            return {**common, **_of_pairs(objective)}
         case "kto":
             return {
-                "beta": beta,
+                **common,
                 "desirable_weight": objective.desirable_weight,
                 "undesirable_weight": objective.undesirable_weight,
-                "max_length": None,
             }
         case "rm":
             return {"max_length": None}
         case "orpo":
-            return {"beta": beta, "max_length": config.data.max_length}
+            return common
         case "simpo":
             return {
-                "beta": beta,
+                **common,
                 "loss_type": "simpo",
                 "simpo_gamma": objective.simpo_gamma,
                 "cpo_alpha": 0.0,
                 "label_smoothing": objective.label_smoothing,
-                "max_length": config.data.max_length,
             }
         case "grpo":
-            return {
-                "beta": beta,
-                "num_generations": objective.num_generations,
-                "max_completion_length": objective.max_new_tokens,
-                "temperature": objective.temperature,
-            }
+            return _of_rewards(objective, given)
+
+
+def _of_pairs(objective: ObjectiveConfig) -> dict[str, Any]:
+    """Return the losses of DPO with their weights."""
+    is_mixed = bool(objective.sft_weight)
+    return {
+        "loss_type": [objective.loss, *(["sft"] if is_mixed else [])],
+        "loss_weights": [1.0, *([objective.sft_weight] if is_mixed else [])],
+        "label_smoothing": objective.label_smoothing,
+    }
+
+
+def _of_rewards(objective: ObjectiveConfig, beta: float) -> dict[str, Any]:
+    """Return how GRPO draws answers."""
+    return {
+        "beta": beta,
+        "num_generations": objective.num_generations,
+        "max_completion_length": objective.max_new_tokens,
+        "temperature": objective.temperature,
+    }
 
 
 def check_names(config: CentralConfig) -> None:

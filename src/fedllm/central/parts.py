@@ -99,12 +99,9 @@ def build(config: CentralConfig, say: Say = lambda text: None) -> Parts:
     from fedllm.models import load_model
 
     check_names(config)
-    loaded = load_model(
-        config.model,
-        kind=stage_kind(config.stage),
-        num_labels=1 if config.stage == "rm" else 0,
-        seed=derive(config.seed, "head"),
-    )
+    kind, labels = stage_kind(config.stage), int(config.stage == "rm")
+    seed = derive(config.seed, "head")
+    loaded = load_model(config.model, kind=kind, num_labels=labels, seed=seed)
     check_length(position_limit(loaded.model), config, data)
     # what is saved with the weights is what they were trained with
     words: Any = loaded.tokenizer

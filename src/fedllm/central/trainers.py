@@ -48,15 +48,8 @@ def make_trainer(
     Raises:
         FedLLMError: If this version of TRL lacks the trainer.
     """
-    kind = STAGES[config.stage]
     base, settings = _classes(config.stage)
-    more: dict[str, Any] = {"processing_class": tuned.loaded.tokenizer}
-    if kind.needs_reference:
-        # with adapters, the model without them is the reference
-        is_lora = config.adapter.method == "lora"
-        more["ref_model"] = None if is_lora else _frozen_copy(tuned.model)
-    if config.stage == "grpo":
-        more["reward_funcs"] = [reward_function(name) for name in config.objective.rewards]
+    more = _more(config, tuned)
     if test is not None:
         more["eval_dataset"] = test
     with quiet_trainer():
@@ -69,6 +62,24 @@ def make_trainer(
     trainer.where = where
     trainer.token_prompts = train["prompt_ids"] if config.stage == "grpo" else []
     _without_copies(trainer, tuned)
+    _finish(config, trainer)
+    return trainer
+
+
+def _more(config: CentralConfig, tuned: Tuned) -> dict[str, Any]:
+    """Return what some stages need besides model and rows."""
+    more: dict[str, Any] = {"processing_class": tuned.loaded.tokenizer}
+    if STAGES[config.stage].needs_reference:
+        # with adapters, the model without them is the reference
+        is_lora = config.adapter.method == "lora"
+        more["ref_model"] = None if is_lora else _frozen_copy(tuned.model)
+    if config.stage == "grpo":
+        more["reward_funcs"] = [reward_function(name) for name in config.objective.rewards]
+    return more
+
+
+def _finish(config: CentralConfig, trainer: Any) -> None:
+    """Set what a trainer takes only after it is made."""
     if config.adapter.loraplus_ratio is not None:
         trainer.optimizer = _loraplus(trainer, config.adapter.loraplus_ratio)
     if config.stage != "grpo":
@@ -76,7 +87,6 @@ def make_trainer(
     if config.stage == "kto" and config.training.shuffle:
         # TRL mismatches answers before they are shuffled, our collator afterwards
         trainer.args.train_sampling_strategy = "random"
-    return trainer
 
 
 @contextmanager

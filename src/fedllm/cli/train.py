@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from fedllm.central.llamafactory_values import Mapped
     from fedllm.config import CentralConfig
 
+_Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but the run's path at the end.")
+]
+_Plain = Annotated[bool, typer.Option("--plain", help="Lines without colours or a moving bar.")]
+
 
 def train(
     config: Annotated[
@@ -39,12 +44,8 @@ def train(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.yaml", help="Write the file as one of ours, and train nothing."),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but the run's path at the end.")
-    ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Lines without colours or a moving bar.")
-    ] = False,
+    quiet: _Quiet = False,
+    plain: _Plain = False,
 ) -> None:
     """Fine-tune a model on one machine: SFT, DPO, KTO, reward models and more."""
     console = Console(no_color=plain, force_terminal=False if plain else None)
