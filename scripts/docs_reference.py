@@ -52,8 +52,8 @@ def render() -> str:
 def _central() -> Iterator[str]:
     """Yield the keys that central runs have and federated ones have not, or not in that form."""
     yield (
-        "## Central runs\n\nA configuration with the key `stage` is one of `fedllm train`. `model` and"
-        " `data` are as above; the other sections are these.\n"
+        "## Central runs\n\nA configuration with the key `stage` is one of `fedllm train`. `model`"
+        " and `data` are as above; the other sections are these.\n"
     )
     kinds: dict[str, Any] = {n: info.annotation for n, info in CentralConfig.model_fields.items()}
     nested = {name: kind for name, kind in kinds.items() if _is_model(kind)}

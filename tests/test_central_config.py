@@ -165,7 +165,7 @@ def test_their_keys_and_ours_may_be_laid_over_their_file(tmp_path: Path) -> None
 
 
 def test_a_misspelt_key_of_theirs_is_named_with_a_suggestion(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lora_rnk: .* Did you mean 'lora_rank'"):
+    with pytest.raises(ConfigError, match=r"lora_rnk: .* Did you mean 'lora_rank'"):
         map_file(tmp_path, lora_rnk=4)
 
 

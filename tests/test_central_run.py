@@ -109,6 +109,56 @@ def test_where_nothing_is_learned_yet_the_reference_is_the_model_itself(
     assert losses(run)[0] == pytest.approx(before, abs=1e-5)
 
 
+def log_probabilities(parts: Any, tokens: Any) -> list[torch.Tensor]:
+    """Return the log-probabilities of the answer tokens of each row."""
+    found = []
+    for row in range(len(tokens)):
+        ids, learned = tokens.row(row)
+        whole = torch.from_numpy(ids.astype(np.int64))[None]
+        with torch.no_grad():
+            logits = parts.tuned.loaded.model(input_ids=whole).logits[0, :-1].double()
+        own = logits.log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+        found.append(own[torch.from_numpy(learned[1:])])
+    return found
+
+
+@pytest.mark.parametrize("stage", ["simpo", "dpo"])
+def test_the_loss_of_pairs_is_that_of_the_paper(
+    stage: str, data: dict[str, Path], tmp_path: Path
+) -> None:
+    # all rows in one batch; for DPO against the same model, with the loss of answers added
+    words = ("training.batch_size=18", "training.max_steps=1", "objective.beta=0.7",
+             "objective.simpo_gamma=0.3")  # fmt: skip
+    more = ("objective.sft_weight=0.25",) if stage == "dpo" else ()
+    config = central(tmp_path, data["pairs"], stage, *words, *more)
+    parts = build(config)
+    better = log_probabilities(parts, parts.data.train)
+    if stage == "simpo":
+        worse = log_probabilities(parts, parts.data.train.rejected)
+        gap = torch.stack([b.mean() - w.mean() for b, w in zip(better, worse, strict=True)])
+        expected = -torch.nn.functional.logsigmoid(0.7 * gap - 0.3).mean()
+    else:
+        expected = math.log(2) - 0.25 * torch.cat(better).mean()
+    assert losses(run_dir(config))[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_loss_of_a_reward_model_is_that_of_bradley_and_terry(
+    data: dict[str, Path], tmp_path: Path
+) -> None:
+    config = central(
+        tmp_path, data["pairs"], "rm", "training.batch_size=18", "training.max_steps=1"
+    )
+    parts = build(config)
+    rewards = []
+    for tokens in (parts.data.train, parts.data.train.rejected):
+        assert tokens is not None
+        rows = [torch.from_numpy(tokens.row(i)[0].astype(np.int64))[None] for i in range(18)]
+        with torch.no_grad():
+            rewards.append(torch.cat([parts.tuned.loaded.model(input_ids=r).logits for r in rows]))
+    expected = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1]).mean()
+    assert losses(run_dir(config))[0] == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_grpo_draws_answers_and_follows_a_reward_of_the_users_own(
     data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -193,7 +243,7 @@ def test_a_trained_adapter_says_which_base_it_belongs_to(
     config = central(tmp_path, data["answers"], "sft", "training.max_steps=1")
     run = run_dir(config)
     origin = json.loads((run.path / "adapter" / "fedllm.json").read_text())
-    assert origin["base_hash"] == build(config).tuned.base_hash
+    assert origin["base_hash"] == build(config).tuned.loaded.base_hash
     assert origin["algorithm"] == "central sft"
     adapter = load_peft(run.path / "adapter")
     assert adapter.modules
@@ -212,6 +262,19 @@ def test_a_reward_model_keeps_its_head(data: dict[str, Path], tmp_path: Path, ba
     whole = PeftModel.from_pretrained(model, run.path / "adapter")
     loaded = [p for n, p in whole.named_parameters() if "score.modules_to_save.default" in n]
     assert torch.equal(loaded[0], saved[head])
+
+
+@pytest.mark.parametrize("method", ["lora", "freeze", "full"])
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_a_base_in_16_bits_is_trained_in_32(
+    method: str, precision: str, data: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("model.dtype=bfloat16", f"adapter.method={method}", "training.packing=true",
+             "training.batch_size=1", f"training.precision={precision}")  # fmt: skip
+    run = run_dir(central(tmp_path, data["answers"], "sft", *words, "training.max_steps=2"))
+    saved = weights(run)
+    assert any(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert math.isfinite(evaluated(run)[-1]["loss"])
 
 
 @pytest.mark.slow

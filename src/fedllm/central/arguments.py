@@ -29,7 +29,7 @@ def arguments(config: CentralConfig, tuned: Tuned, folder: Path) -> dict[str, An
     """
     training = config.training
     device = tuned.loaded.model.device.type
-    half = autocast(config, tuned.loaded.model.dtype)
+    half = tuned.half
     return {
         "output_dir": str(folder),
         "gradient_checkpointing": training.gradient_checkpointing,
@@ -80,24 +80,6 @@ def _of_steps(training: OptimisationConfig) -> dict[str, Any]:
         "max_grad_norm": training.max_grad_norm,
         "neftune_noise_alpha": training.neftune_alpha,
     }
-
-
-def autocast(config: CentralConfig, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype of the arithmetic where it is not that of the weights.
-
-    Args:
-        config: The checked configuration.
-        dtype: In which the model is held.
-    """
-    match config.training.precision:
-        case "bfloat16":
-            return torch.bfloat16
-        case "float16":
-            return torch.float16
-        case "auto" if dtype in (torch.bfloat16, torch.float16):
-            return dtype
-        case _:
-            return None
 
 
 def _of_order(config: CentralConfig) -> dict[str, Any]:

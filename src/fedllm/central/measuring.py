@@ -166,7 +166,7 @@ def inference(tuned: Tuned) -> Iterator[None]:
         body.gradient_checkpointing_disable()
     body.config.use_cache = True
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tuned.arithmetic():
             yield
     finally:
         body.config.use_cache = False

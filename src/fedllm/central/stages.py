@@ -159,6 +159,8 @@ def _loss_problems(config: CentralConfig) -> Iterator[str]:
                 yield f"objective.rewards: {told}"
     if objective.sft_weight and stage != "dpo":
         yield f"objective.sft_weight: is for dpo, not {stage}"
+    if config.data.streaming:
+        yield "data.streaming: rows are read before training begins; take it out"
     if training.betas[0] == 1.0 or training.betas[1] == 1.0:
         yield "training.betas: must be below 1"
 

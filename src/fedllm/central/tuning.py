@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,14 @@ class Tuned:
         """Layers that have an adapter."""
         self.conv1d: tuple[str, ...] = ()
         """Those of them that store their weight as (in, out), as GPT-2's do."""
-        self.base_hash = loaded.base_hash
+        if config.adapter.method != "lora" or config.adapter.init == "pissa":
+            loaded.base_hash  # noqa: B018  # read now, before weights of the base change
+        self.half = autocast(config, loaded.model.dtype)
+        """Dtype of the arithmetic while training, where it is not that of the weights."""
+        self._is_mixed = config.adapter.method != "lora" and loaded.model.dtype != torch.float32
+        if self._is_mixed and self.half is None:
+            loaded.model.float()  # type: ignore[no-untyped-call]  # transformers' own
+            self._is_mixed = False
         self.model: Any = loaded.model
         _make_differentiable(self.model)
         match config.adapter.method:
@@ -52,6 +60,12 @@ class Tuned:
                 _train([self.model])
         self.start = self._factors() if config.adapter.init == "pissa" else {}
         """The factors as they were, where part of the base moved into them."""
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Return the context in which weights of several dtypes can be multiplied."""
+        if not self._is_mixed:
+            return nullcontext()
+        return torch.autocast(self.loaded.model.device.type, self.half)
 
     @property
     def body(self) -> Any:
@@ -86,7 +100,7 @@ class Tuned:
             "algorithm": f"central {self.config.stage}",
             "version": str(version),
             "client": "global",
-            "base_hash": self.base_hash,
+            "base_hash": self.loaded.base_hash,
         }
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.adapter.method != "lora":
@@ -178,6 +192,24 @@ class Tuned:
                 for layer in self.layers:
                     own = self.body.get_submodule(layer).lora_A["default"].weight
                     own.copy_(start[name_a(layer)])
+
+
+def autocast(config: CentralConfig, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of the arithmetic where it is not that of the weights.
+
+    Args:
+        config: The checked configuration.
+        dtype: In which the model is held.
+    """
+    match config.training.precision:
+        case "bfloat16":
+            return torch.bfloat16
+        case "float16":
+            return torch.float16
+        case "auto" if dtype in (torch.bfloat16, torch.float16):
+            return dtype
+        case _:
+            return None
 
 
 def _unchanged(layer: nn.Module, mode: bool = True) -> nn.Module:
