@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import fedllm
+from fedllm.cli.data import data_app
 from fedllm.cli.errors import nearby_examples, quiet_libraries, reported
 from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 
 app.add_typer(trace_app, name="trace")
+app.add_typer(data_app, name="data")
 app.command()(report)
 app.command()(compare)
 app.command()(train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,14 +41,14 @@ for _class in (_Loader, _Dumper):
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file and lay the overrides over it, unchecked.
+    """Read a YAML or JSON file and lay the overrides over it, unchecked.
 
     Args:
-        path: A YAML file whose top level is a mapping.
+        path: A YAML or JSON file whose top level is a mapping.
         overrides: Words like `training.learning_rate=1e-3`; the value is read as YAML.
 
     Raises:
-        ConfigError: If the file cannot be read, is not YAML, or a word is not `a.b=value`.
+        ConfigError: If the file cannot be read or parsed, or a word is not `a.b=value`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -56,7 +57,10 @@ def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot be read: {error}"], str(path)) from None
     try:
-        tree = yaml.load(text, _Loader)
+        tree = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError([f"{where}: not valid JSON: {error.msg}"], str(path)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -6,6 +6,7 @@ from fedllm.data.messages import read_messages, read_tools
 from fedllm.data.partitions import PARTITIONS, Partition, partition
 from fedllm.data.render import Renderer, make_renderer
 from fedllm.data.rows import Message, Row, Rows, ToolCall
+from fedllm.data.stream import StreamedRow, stream_rows
 from fedllm.data.tasks import load_rows
 from fedllm.data.template import chat_template
 from fedllm.data.tokens import TokenSet
@@ -19,6 +20,7 @@ __all__ = [
     "Renderer",
     "Row",
     "Rows",
+    "StreamedRow",
     "TokenSet",
     "ToolCall",
     "chat_template",
@@ -29,4 +31,5 @@ __all__ = [
     "partition",
     "read_messages",
     "read_tools",
+    "stream_rows",
 ]

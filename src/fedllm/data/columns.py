@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedllm.data.faults import Broken, RowFault, refuse
@@ -51,6 +51,8 @@ class Wanted:
     """The file's column that gives the natural owner."""
     tags: Tags = field(default_factory=Tags)
     """How messages are written, where that is told."""
+    text: str | None = None
+    """The file's column of plain text, where it has no column for answers to it."""
     required: tuple[str, ...] = ()
     """Columns of ours that the shape must need, where a registry says what the rows are."""
 
@@ -131,6 +133,7 @@ class RowReader:
             tools=found.tools,
             rejected=found.rejected,
             is_desirable=found.is_desirable,
+            unused_messages=found.unused,
         )
 
 
@@ -143,6 +146,8 @@ def row_reader(
         DataError: If no shape fits, or a column does not exist.
     """
     present = list(dict.fromkeys(name for _, record in records for name in record))
+    if wanted.text is not None and not {"output", "response", "chosen"} & set(present):
+        wanted = replace(wanted, columns={"text": wanted.text})
     theirs = _their_names(wanted.columns, present, source)
     if "desirable" not in theirs and "label" in theirs and "text" not in theirs:
         name = theirs["label"]

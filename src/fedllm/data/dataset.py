@@ -14,7 +14,7 @@ from fedllm.data.rows import Message, Row, Rows, Task
 from fedllm.data.selftest import check_prompts
 from fedllm.data.tasks import load_rows
 from fedllm.data.template import Tokenizer
-from fedllm.data.tokens import Encoded, TokenSet, select
+from fedllm.data.tokens import Encoded, TokenSet
 from fedllm.data.writer import Kind, Writer
 from fedllm.errors import DataError
 
@@ -61,8 +61,14 @@ def load_dataset(
         partition: Its `by` names a column that rows must carry.
 
     Raises:
-        DataError: If the data cannot be read, does not fit, or no row is short enough.
+        DataError: If the data cannot be read, does not fit, is to be streamed, or no row is short
+            enough.
     """
+    if config.streaming:
+        raise DataError(
+            "data.streaming: rows that are counted or divided among clients cannot be streamed. "
+            "Turn it off, or train centrally with a number of steps"
+        )
     rows = load_rows(config, seed, partition=partition)
     kind = kind if isinstance(kind, str) else kind(rows.task)
     writer = Writer.for_task(config, tokenizer, rows.task, kind, template)
@@ -87,14 +93,7 @@ def _split(
 ) -> tuple[TokenSet, tuple[Row, ...], Counter[str], int]:
     """Return a split's tokens, the rows behind them, why rows are dropped, and how many are cut."""
     split = rows.train if name == "training" else rows.test
-    made = writer.encode(split, is_test=name == "test")
-    rejected = None
-    if rows.task == "preference":
-        worse = writer.encode(split, is_test=name == "test", side="rejected")
-        _, first, second = np.intersect1d(made.kept, worse.kept, return_indices=True)
-        refused = np.union1d(made.refused, worse.refused)
-        made, worse = replace(select(made, first), refused=refused), select(worse, second)
-        rejected = worse
+    made, worse = writer.encode_split(split, is_test=name == "test")
     writer.refuse(made, split, name)
     kept = tuple(split[i] for i in made.kept.tolist())
     if not kept:
@@ -104,13 +103,13 @@ def _split(
         )
     tokens = _token_set(made, kept, writer.conversations(kept), rows.label_names)
     truncated = made.truncated
-    if rejected is not None:
+    if worse is not None:
         talks = writer.conversations(kept, "rejected")
-        tokens = replace(tokens, rejected=_token_set(rejected, kept, talks, ()))
-        truncated = truncated | rejected.truncated
+        tokens = replace(tokens, rejected=_token_set(worse, kept, talks, ()))
+        truncated = truncated | worse.truncated
     if rows.task == "rated":
         tokens = replace(tokens, desirable=np.array([row.is_desirable for row in kept], np.bool_))
-    dropped = Counter(refused=len(made.refused))
+    dropped = Counter({"refused by the chat template": len(made.refused)})
     dropped["overlong"] = len(split) - len(kept) - len(made.refused)
     check_prompts(writer, made, kept)
     return tokens, kept, dropped, int(truncated.sum())

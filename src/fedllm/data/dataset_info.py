@@ -62,6 +62,8 @@ class Origin:
     """Columns that the rows' shape must need."""
     num_rows: int | None = None
     """Take exactly so many training rows, repeating them if there are fewer."""
+    text: str | None = None
+    """The column of plain text, where there turns out to be no column for answers to it."""
     folder: str | None = None
     """Folder inside a hub data set."""
     joins_folder: bool = False
@@ -125,8 +127,7 @@ def _entry(config: DataConfig, name: str, entry: Any, file: Path) -> Origin:
     if formatting not in _FORMATS:
         raise DataError(f"{where}: {unknown('formatting', str(formatting), _FORMATS)}")
     ours = {_COLUMNS[k]: str(v) for k, v in columns.items() if k in _COLUMNS and v}
-    if formatting == "alpaca" and list(ours) == ["instruction"]:
-        ours = {"text": ours["instruction"]}  # plain text, as LLaMA-Factory names it
+    is_lone = formatting == "alpaca" and list(ours) == ["instruction"]
     is_pairs = bool(entry.get("ranking", False))
     path, is_local = _place(entry, where, file)
     return Origin(
@@ -139,6 +140,7 @@ def _entry(config: DataConfig, name: str, entry: Any, file: Path) -> Origin:
         num_rows=_count(entry.get("num_samples"), where),
         folder=entry.get("folder"),
         joins_folder=is_local,
+        text=ours["instruction"] if is_lone else None,
     )
 
 

@@ -69,6 +69,8 @@ class Row:
     in which the better one stands. Empty for other rows."""
     is_desirable: bool | None = None
     """For rated data (KTO): whether the answer is wanted; None for other rows."""
+    unused_messages: int = 0
+    """How many messages after the last answer are left out."""
 
     @property
     def subject(self) -> str:

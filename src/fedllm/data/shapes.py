@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedllm.data.calls import tools_of
@@ -25,6 +25,8 @@ class Content:
     tools: tuple[Mapping[str, Any], ...] = ()
     rejected: tuple[Message, ...] = ()
     is_desirable: bool | None = None
+    unused: int = 0
+    """Messages after the last answer."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def _exchange(answer: str) -> Callable[[Fields, Tags], Content]:
 
 def _conversation(fields: Fields, tags: Tags) -> Content:
     messages = _framed(fields, messages_of(fields["messages"], tags))
-    return Content(_up_to_the_answer(messages), tools=tools_of(fields.get("tools")))
+    used = _up_to_the_answer(messages)
+    unused = len(messages) - len(used)
+    return Content(used, tools=tools_of(fields.get("tools")), unused=unused)
 
 
 def _pair(fields: Fields, tags: Tags) -> Content:
@@ -120,7 +124,7 @@ def _pair(fields: Fields, tags: Tags) -> Content:
 def _rated(inner: Callable[[Fields, Tags], Content]) -> Callable[[Fields, Tags], Content]:
     def build(fields: Fields, tags: Tags) -> Content:
         found = inner(fields, tags)
-        return Content(found.messages, tools=found.tools, is_desirable=_truth(fields["desirable"]))
+        return replace(found, is_desirable=_truth(fields["desirable"]))
 
     return build
 

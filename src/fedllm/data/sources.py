@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedllm.config import DataConfig
 from fedllm.data.dataset_info import Origin
-from fedllm.data.formats import SUFFIXES, missing, read_file
+from fedllm.data.formats import SUFFIXES, iter_file, missing, read_file
 from fedllm.data.rows import Record
 from fedllm.errors import DataError, did_you_mean, unknown
 
@@ -57,6 +58,41 @@ def read_source(config: DataConfig, origin: Origin) -> Source:
     return Source(source.train, read_file(test), source.train_name, str(test))
 
 
+def open_source(config: DataConfig, origin: Origin) -> tuple[str, Callable[[], Iterator[Record]]]:
+    """Return the name of a training split and what opens it, to be read row by row.
+
+    Raises:
+        DataError: If it is missing.
+    """
+    path = Path(origin.path).expanduser()
+    if path.is_file():
+        return str(path), partial(iter_file, path)
+    if path.is_dir():
+        files = _joined_files(path) if origin.joins_folder else _splits(path)
+        if isinstance(files, dict):
+            choose_splits(config, origin.split, list(files), str(path))
+            files = files[origin.split]
+        return f"{path} {origin.split}", partial(_chained, files)
+    if origin.path.startswith("builtin:") or path.suffix.lower() in SUFFIXES:
+        source = read_source(config.model_copy(update={"test_path": None}), origin)
+        return source.train_name, partial(iter, source.train)
+    return f"{origin.path} {origin.split}", partial(_streamed, origin)
+
+
+def _chained(files: Sequence[Path]) -> Iterator[Record]:
+    for file in files:
+        yield from iter_file(file)
+
+
+def _streamed(origin: Origin) -> Iterator[Record]:
+    """Read a split of a hub data set while it arrives."""
+    rows = _from_hub(origin, split=origin.split, streaming=True)
+    names = {c: f.names for c, f in (rows.features or {}).items() if hasattr(f, "names")}
+    where = f"{origin.path} {origin.split}"
+    for number, row in enumerate(rows, start=1):
+        yield f"{where} row {number}", _named(row, names)
+
+
 def _builtin(name: str) -> Source:
     from fedllm.data import builtin
 
@@ -83,28 +119,35 @@ def _file(config: DataConfig, path: Path) -> Source:
 
 def _joined(folder: Path) -> Source:
     """Read all files of a folder as one split without a test split."""
+    return Source(list(_chained(_joined_files(folder))), None, str(folder), str(folder))
+
+
+def _joined_files(folder: Path) -> list[Path]:
     files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.is_file()]
     if not files:
         raise DataError(f"{folder}: no data files in this folder. Known: {', '.join(SUFFIXES)}")
-    return Source([r for f in files for r in read_file(f)], None, str(folder), str(folder))
+    return files
+
+
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each split, by the names of files."""
+    files: dict[str, list[Path]] = {}
+    for file in _joined_files(folder):
+        # train-00000-of-00002.parquet is one part of a split
+        split = re.sub(r"-\d+-of-\d+$", "", file.stem)
+        files.setdefault(split, []).append(file)
+    return files
 
 
 def _folder(config: DataConfig, origin: Origin, folder: Path) -> Source:
-    files: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES and file.is_file():
-            # train-00000-of-00002.parquet is one part of a split
-            split = re.sub(r"-\d+-of-\d+$", "", file.stem)
-            files.setdefault(split, []).append(file)
-    if not files:
-        raise DataError(f"{folder}: no data files in this folder. Known: {', '.join(SUFFIXES)}")
+    files = _splits(folder)
 
     def records(split: str) -> list[Record]:
         parts = files[split]
         if len(parts) > 1 and any(part.stem == split for part in parts):
             names = ", ".join(part.name for part in parts)
             raise DataError(f"{folder}: split '{split}' has several files: {names}. Keep one")
-        return [record for part in parts for record in read_file(part)]
+        return list(_chained(parts))
 
     test = choose_splits(config, origin.split, list(files), str(folder))
     return Source(
@@ -142,18 +185,23 @@ def choose_splits(config: DataConfig, train: str, splits: Sequence[str], where: 
     return config.test_split
 
 
-def _hub(config: DataConfig, origin: Origin) -> Source:
+def _from_hub(origin: Origin, **words: Any) -> Any:
     import datasets
 
+    if origin.folder is not None:
+        words["data_dir"] = origin.folder
     try:
-        words = {} if origin.folder is None else {"data_dir": origin.folder}
-        found = datasets.load_dataset(origin.path, origin.subset, **words)
+        return datasets.load_dataset(origin.path, origin.subset, **words)
     except Exception as error:  # the hub's client raises dozens of kinds: network, names, scripts
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
             f"'{origin.path}' is no file or folder here, and as a hub data set it could not be "
             f"loaded: {lines[0].rstrip('.')}. Check the name, data.subset and the network"
         ) from None
+
+
+def _hub(config: DataConfig, origin: Origin) -> Source:
+    found = _from_hub(origin)
     test = choose_splits(config, origin.split, list(found), origin.path)
 
     def records(split: str) -> list[Record]:

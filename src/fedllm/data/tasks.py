@@ -38,7 +38,7 @@ def load_rows(config: DataConfig, seed: int, *, partition: PartitionConfig | Non
         DataError: If the data cannot be read or does not fit the configuration.
     """
     found = [_read(config, origin, partition) for origin in origins(config)]
-    task = _task(config, found)
+    task = common_task(config, [(one.source.train_name, one.recognised) for one in found])
     has_tests = any(one.test is not None for one in found)
     splits = []
     for number, one in enumerate(found):
@@ -140,6 +140,7 @@ def wanted_of(config: DataConfig, origin: Origin, partition: PartitionConfig | N
         client=by if is_owner else None,
         tags=origin.tags,
         required=origin.required,
+        text=origin.text,
     )
 
 
@@ -153,18 +154,26 @@ def _official_test(source: Source, wanted: Wanted, train: Recognised) -> Recogni
     return found
 
 
-def _task(config: DataConfig, found: Sequence[_Found]) -> Task:
-    """Return the task that is told, or the one that the rows of all paths look like."""
+def common_task(config: DataConfig, found: Sequence[tuple[str, Recognised]]) -> Task:
+    """Return the task that is told, or the one that the rows of all sources look like.
+
+    Args:
+        config: Its `task` is told, or `auto`.
+        found: Name and rows of each source.
+
+    Raises:
+        DataError: If rows of different kinds would be mixed.
+    """
     if config.task != "auto":
         return config.task
-    tasks = [task_of(one.recognised) for one in found]
+    tasks = [task_of(one) for _, one in found]
     kinds = ["talk" if task in TALK else task for task in tasks]
-    for one, kind in zip(found, kinds, strict=True):
+    for (name, _), kind in zip(found, kinds, strict=True):
         if kind != kinds[0]:
             raise DataError(
-                f"data.path: {found[0].source.train_name} and {one.source.train_name} cannot be "
-                f"mixed: the rows of one are '{kinds[0]}', of the other '{kind}'. Give them the "
-                "same columns, or set data.task to one that both can be used for"
+                f"data.path: {found[0][0]} and {name} cannot be mixed: the rows of one are "
+                f"'{kinds[0]}', of the other '{kind}'. Give them the same columns, or set "
+                "data.task to one that both can be used for"
             )
     return tasks[0] if len(set(tasks)) == 1 else "chat"
 
@@ -175,6 +184,8 @@ def task_of(found: Recognised) -> Task:
     if not others or usual not in TALK:
         return usual
     rows = found.rows
+    if not rows:
+        return "chat"
     if any(sum(m.role == "assistant" for m in row.messages) > 1 for row in rows):
         return "chat"
     if all("####" in row.answer for row in rows):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from fedllm.config import DataConfig
 from fedllm.data.cache import cached, fingerprint, key_of
@@ -15,7 +17,7 @@ from fedllm.data.render import Renderer, make_renderer
 from fedllm.data.rows import Message, Row, Task
 from fedllm.data.template import Tokenizer, chat_template
 from fedllm.data.tokenise import Learned, encode_conversations, encode_for_classes, encode_texts
-from fedllm.data.tokens import Encoded
+from fedllm.data.tokens import Encoded, select
 from fedllm.errors import DataError
 
 Kind = Literal["causal-lm", "sequence-classification"]
@@ -75,6 +77,30 @@ class Writer:
         if prompt and not any(message.role == "system" for message in messages):
             messages = (Message("system", prompt), *messages)
         return settled(messages, self.config.reasoning)
+
+    def encode_split(self, rows: Sequence[Row], *, is_test: bool) -> tuple[Encoded, Encoded | None]:
+        """Tokenise rows; of preference pairs both sides, row by row, or neither.
+
+        Args:
+            rows: One split.
+            is_test: Whether answers are generated and compared for them.
+
+        Returns:
+            The (better) answers, and the worse ones if the task is preference.
+
+        Raises:
+            DataError: As `encode`.
+        """
+        made = self.encode(rows, is_test=is_test)
+        if self.task != "preference":
+            return made, None
+        worse = self.encode(rows, is_test=is_test, side="rejected")
+        _, first, second = np.intersect1d(made.kept, worse.kept, return_indices=True)
+        made, worse = (
+            replace(select(side, places), refused=np.union1d(made.refused, worse.refused))
+            for side, places in ((made, first), (worse, second))
+        )
+        return made, worse
 
     def encode(self, rows: Sequence[Row], *, is_test: bool, side: Side = "chosen") -> Encoded:
         """Tokenise, or take from the cache.
