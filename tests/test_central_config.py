@@ -93,6 +93,8 @@ def test_a_federated_run_names_the_command_for_central_ones() -> None:
         ({"adapter": {"init": "pissa", "dora": True}}, "does not go with init: pissa"),
         ({"adapter": {"init": "pissa"}, "model": {"quantization": "8bit"}}, "needs whole weights"),
         ({"stage": "dpo", "training": {"packing": True}}, "training.packing: is for sft and pt"),
+        ({"data": {"streaming": True}}, "give training.max_steps"),
+        ({"data": {"streaming": True, "test_path": "x"}, "training": {"packing": True}}, "without"),
         ({"stage": "kto", "training": {"batch_size": 1}}, "give at least 2"),
         ({"stage": "grpo", "training": {"batch_size": 6}}, "does not divide the 6 answers"),
         ({"stage": "grpo", "objective": {"rewards": ["exat"]}}, "Did you mean 'exact'?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from central_runs import (
     Silent,
     answers,
     central,
+    go_on,
     losses,
     run_dir,
     texts,
@@ -426,6 +428,29 @@ def test_a_scheduler_that_transformers_does_not_have_is_named(
     config = central(tmp_path, data["answers"], "sft", "training.scheduler=cosin")
     with pytest.raises(FedLLMError, match="Did you mean 'cosine'"):
         build(config)
+
+
+# rows that are read while training goes on
+
+
+def test_a_local_file_is_streamed_again_and_again_in_the_same_order(
+    data: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("data.streaming=true", f"data.test_path={data['prompts']}", "training.max_steps=10",
+             "training.dataloader_workers=0", "checkpoint.every=4", "evaluation.every=5")  # fmt: skip
+    first = run_dir(central(tmp_path, data["answers"], "sft", *words, "name=first"))
+    again = run_dir(central(tmp_path, data["answers"], "sft", *words, "name=again"))
+    assert len(losses(first)) == 10  # of 6 rows each, where the file has 24
+    assert losses(first) == losses(again)
+    assert first.read("metrics")[-1]["train"]["tokens"] > 0
+    found = [values["loss"] for values in evaluated(first)]
+    assert found[-1] < found[0]
+    # as after a kill behind the checkpoint
+    shutil.rmtree(again.path / "adapter")
+    shutil.rmtree(again.path / "checkpoints" / "checkpoint-8")
+    resumed = go_on(again.path)
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, weights(resumed)[name])
 
 
 # against a federation

@@ -16,6 +16,7 @@ from fedllm.seeding import derive
 
 if TYPE_CHECKING:
     from fedllm.central.measuring import Measure
+    from fedllm.central.streaming import Stream
     from fedllm.central.tables import Settled
     from fedllm.central.tuning import Tuned
 
@@ -38,11 +39,22 @@ class Parts:
     """Those that answers are compared on."""
     owners: np.ndarray | None
     """Row that each piece of a text is from, where texts are cut."""
+    stream: Stream | None = None
+    """Where training rows come from if they are read while training goes on."""
+
+    def tokens_in(self, rows: Sequence[int]) -> int:
+        """Return how many tokens some training rows have."""
+        if self.stream is not None:
+            return self.stream.tokens_in(rows)
+        return int(self.data.train.lengths[list(rows)].sum())
 
     def where(self, rows: Sequence[int]) -> str:
         """Name some training rows: where they stand."""
-        numbers = [int(row if self.owners is None else self.owners[row]) for row in rows]
-        names = [self.data.rows.train[number].where for number in dict.fromkeys(numbers)]
+        if self.stream is not None:
+            names = [self.stream.where(row) for row in rows]
+        else:
+            numbers = [int(row if self.owners is None else self.owners[row]) for row in rows]
+            names = [self.data.rows.train[number].where for number in dict.fromkeys(numbers)]
         more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
         return ", ".join(names[:_FEW]) + more
 
@@ -54,6 +66,11 @@ def load_tokens(config: CentralConfig, tokenizer: Any) -> Dataset:
         DataError: If it cannot be read, or its rows are not the stage's.
     """
     data = config.data
+    if data.streaming:
+        # the test rows alone; what is trained on comes later
+        update = {"streaming": False, "path": data.test_path, "registry": None, "mix": "concat",
+                  "mix_weights": None}  # fmt: skip
+        data = data.model_copy(update=update)
     if config.stage == "pt":
         # whole texts; they are cut into pieces afterwards
         data = data.model_copy(update={"max_length": _WHOLE})
@@ -109,15 +126,26 @@ def build(config: CentralConfig, say: Say = lambda text: None) -> Parts:
     tuned = Tuned(loaded, config)
     pack_to = config.data.max_length if config.is_packed else None
     compares = STAGES[config.stage].shape in ("pairs", "rated")
+    stream = _stream(config, words)
     return Parts(
         config=config,
         data=data,
         tuned=tuned,
         measure=Measure(config, data, tuned),
-        train=examples(config.stage, data.train, pack_to),
+        train=stream.table() if stream else examples(config.stage, data.train, pack_to),
         test=examples(config.stage, data.test, None) if compares else None,
         owners=owners,
+        stream=stream,
     )
+
+
+def _stream(config: CentralConfig, tokenizer: Any) -> Stream | None:
+    """Return where training rows come from, if not from memory."""
+    if not config.data.streaming:
+        return None
+    from fedllm.central.streaming import Stream
+
+    return Stream(config, tokenizer)
 
 
 def check_length(limit: int | None, config: CentralConfig, data: Dataset) -> None:

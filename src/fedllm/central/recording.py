@@ -71,10 +71,12 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Plan, and evaluate the model as it is."""
         every = self.parts.config.evaluation.every
-        if every == "epoch":
+        if every == "epoch" and self.parts.stream is not None:
+            self.planned = 1
+        elif every == "epoch":
             self.planned = max(math.ceil(state.num_train_epochs - 1e-9), 1)
         else:
-            self.planned = math.ceil(state.max_steps / every) if every else 1
+            self.planned = math.ceil(state.max_steps / int(every)) if every else 1
         self.watch.begin(self.parts, self.path, state.max_steps)
         if state.global_step == 0 and every:
             self._evaluate(state, is_last=False)
@@ -230,7 +232,7 @@ class Recorder(TrainerCallback):
         record, steps = self._pending, state.global_step - self.course.step
         timing = {"round": number, "evaluate": evaluate_s, "wall_s": evaluate_s}
         if steps > 0:
-            tokens = int(self.parts.data.train.lengths[rows].sum())
+            tokens = self.parts.tokens_in(rows)
             mean = loss / steps
             record["train"] = {
                 "loss": mean,

@@ -160,9 +160,25 @@ def _loss_problems(config: CentralConfig) -> Iterator[str]:
     if objective.sft_weight and stage != "dpo":
         yield f"objective.sft_weight: is for dpo, not {stage}"
     if config.data.streaming:
-        yield "data.streaming: rows are read before training begins; take it out"
+        yield from _stream_problems(config)
     if training.betas[0] == 1.0 or training.betas[1] == 1.0:
         yield "training.betas: must be below 1"
+
+
+def _stream_problems(config: CentralConfig) -> Iterator[str]:
+    """Say what rows that are read while training goes on do not allow."""
+    if config.stage != "sft" or config.is_packed:
+        yield "data.streaming: is for stage sft without packing"
+    if config.training.max_steps is None:
+        yield "data.streaming: the end of a stream is not known; give training.max_steps"
+    if config.data.test_path is None:
+        yield "data.streaming: nothing is held out of a stream; give data.test_path"
+    if config.training.processes > 1 or config.training.dataloader_workers:
+        yield "data.streaming: one process reads; set processes: 1 and dataloader_workers: 0"
+    for name in ("evaluation", "checkpoint"):
+        section = getattr(config, name)
+        if section.every == "epoch" and "every" in section.model_fields_set:
+            yield f"{name}.every: a stream has no epochs; give a number of steps"
 
 
 def _evaluation_problems(config: CentralConfig) -> Iterator[str]:

@@ -67,9 +67,10 @@ class CentralView:
         count = sum(tensor.numel() for tensor in parts.tuned.trained().values())
         lost = [f"{n} dropped ({why})" for why, n in data.dropped.items()]
         lost += [f"{data.truncated} shortened"] if data.truncated else []
+        rows = "streamed" if config.data.streaming else str(len(data.train))
         self._print(
             f"{config.stage} · {config.model.path} · {config.adapter.method}, {count_text(count)}"
-            f" trainable · {len(data.train)} train rows, {len(data.test)} test"
+            f" trainable · {rows} train rows, {len(data.test)} test"
             f" ({', '.join(lost) or 'none dropped'}) · {steps} steps"
         )
         self._bar.update(self._task, total=steps, visible=True)
@@ -120,13 +121,14 @@ def _data(report: CentralReport) -> list[tuple[str, str]]:
     data, config = report.data, report.config
     lost = [f"{count} dropped ({why})" for why, count in data.dropped.items()]
     lost += [f"{data.truncated} shortened"] if data.truncated else []
+    rows = "streamed (figures of test rows)" if config.data.streaming else len(data.train)
     quantiles = np.percentile(data.train.lengths, [0, 50, 90, 100]).astype(int)
     facts = [
         ("stage", f"{config.stage}, {config.adapter.method}"),
         ("data", f"{data.source}, task {data.task}"),
         (
             "rows",
-            f"{len(data.train)} train, {len(data.test)} test; {', '.join(lost) or 'none dropped'}",
+            f"{rows} train, {len(data.test)} test; {', '.join(lost) or 'none dropped'}",
         ),
         (
             "tokens a row",
