@@ -234,3 +234,5 @@ def test_their_own_defaults_are_kept() -> None:
     assert found.tree["training"]["learning_rate"] == 5e-5
     assert found.tree["training"]["epochs"] == 3.0
     assert found.tree["data"]["max_length"] == 2048
+    assert found.tree["evaluation"]["every"] == 0
+    assert found.tree["checkpoint"]["every"] == 500

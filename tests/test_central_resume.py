@@ -136,8 +136,9 @@ def test_processes_of_accelerate_agree_that_a_run_exists(tmp_path: Path) -> None
     file = tmp_path / "config.yaml"
     file.write_text(dump(config))
     config.run_dir.mkdir(parents=True)
-    words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-             "--dynamo_backend", "no", "-m", "fedllm", "train", str(file)]  # fmt: skip
+    settings = "--multi_gpu --num_processes 2 --num_machines 1"
+    settings += " --mixed_precision no --dynamo_backend no"
+    words = [*settings.split(), "-m", "fedllm", "train", str(file)]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words],
         capture_output=True,

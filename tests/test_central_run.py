@@ -436,8 +436,9 @@ def test_a_scheduler_that_transformers_does_not_have_is_named(
 def test_a_local_file_is_streamed_again_and_again_in_the_same_order(
     data: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = ("data.streaming=true", f"data.test_path={data['prompts']}", "training.max_steps=10",
-             "training.dataloader_workers=0", "checkpoint.every=4", "evaluation.every=5")  # fmt: skip
+    words = ("data.streaming=true", f"data.test_path={data['prompts']}", "checkpoint.every=4",
+             "training.max_steps=10", "training.dataloader_workers=0",
+             "evaluation.every=5")  # fmt: skip
     first = run_dir(central(tmp_path, data["answers"], "sft", *words, "name=first"))
     again = run_dir(central(tmp_path, data["answers"], "sft", *words, "name=again"))
     assert len(losses(first)) == 10  # of 6 rows each, where the file has 24

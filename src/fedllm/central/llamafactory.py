@@ -74,5 +74,7 @@ def _set_defaults(found: Mapped, tree: Mapping[str, Any]) -> None:
     found.tree.setdefault("data", {}).setdefault("max_length", 2048)
     found.tree["data"].setdefault("overlong", "truncate")
     found.tree.setdefault("stage", "sft")
+    found.tree.setdefault("evaluation", {}).setdefault("every", 0)
+    found.tree.setdefault("checkpoint", {}).setdefault("every", 500)
     if "disable_gradient_checkpointing" not in tree:
         training.setdefault("gradient_checkpointing", True)
