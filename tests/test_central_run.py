@@ -433,6 +433,7 @@ def test_a_scheduler_that_transformers_does_not_have_is_named(
 # rows that are read while training goes on
 
 
+@pytest.mark.slow
 def test_a_local_file_is_streamed_again_and_again_in_the_same_order(
     data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -457,6 +458,7 @@ def test_a_local_file_is_streamed_again_and_again_in_the_same_order(
 # against a federation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_central_run_equals_a_federation_of_one_client(
     optimizer: str, data: dict[str, Path], tmp_path: Path
