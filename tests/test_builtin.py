@@ -97,7 +97,9 @@ def test_other_shapes_hold_the_rows_of_skills_with_right_and_wrong_answers() -> 
     pairs, rated = preferences("test", rows=40), ratings("test", rows=40)
     assert [row["chosen"] for row in pairs] == [row["completion"] for row in whole]
     assert all(row["chosen"] != row["rejected"] for row in pairs)
-    right = [rate["completion"] == row["completion"] for rate, row in zip(rated, whole, strict=True)]
+    right = [
+        rate["completion"] == row["completion"] for rate, row in zip(rated, whole, strict=True)
+    ]
     assert right == [row["label"] for row in rated]
     assert sum(right) == 20
     assert [row["text"] for row in texts("test", rows=40)] == [
