@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from fedllm.algorithms import ALGORITHMS, server_class
-from fedllm.config import Config
+from fedllm.config import CentralConfig, Config
 from fedllm.data import PARTITIONS
 from fedllm.data.builtin import BUILTIN_DATASETS
 from fedllm.evaluation import BY_TASK, METRICS
@@ -45,8 +45,23 @@ that file repeats the run.
 
 def render() -> str:
     """Return the whole page."""
-    parts = [HEAD, *_section("", Config), _algorithms(), *_tables()]
+    parts = [HEAD, *_section("", Config), _algorithms(), *_tables(), *_central()]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _central() -> Iterator[str]:
+    """Yield the keys that central runs have and federated ones have not, or not in that form."""
+    yield (
+        "## Central runs\n\nA configuration with the key `stage` is one of `fedllm train`. `model`"
+        " and `data` are as above; the other sections are these.\n"
+    )
+    kinds: dict[str, Any] = {n: info.annotation for n, info in CentralConfig.model_fields.items()}
+    nested = {name: kind for name, kind in kinds.items() if _is_model(kind)}
+    rows = [row for row in _rows(CentralConfig) if row[0].strip("`") not in nested]
+    yield _table(("key", "values", "default", "meaning"), rows) + "\n"
+    for name, kind in nested.items():
+        if name not in ("model", "data"):
+            yield from _section(name, kind)
 
 
 def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:

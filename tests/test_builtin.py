@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.data.builtin import BUILTIN_DATASETS, DEFAULT_ROWS, skills
+from fedllm.data.builtin import (
+    BUILTIN_DATASETS,
+    DEFAULT_ROWS,
+    preferences,
+    ratings,
+    skills,
+    texts,
+)
 from fedllm.data.skills import CATEGORIES
 from fedllm.data.skills.knowledge import RELATIONS, TOWNS, world
 from fedllm.errors import ConfigError
@@ -81,8 +88,23 @@ def test_unknown_splits_and_negative_sizes_are_refused() -> None:
 
 
 def test_the_table_of_built_in_data_sets_is_one_line_each() -> None:
-    assert set(BUILTIN_DATASETS) == {"skills"}
+    assert set(BUILTIN_DATASETS) == {"skills", "preferences", "ratings", "texts"}
     assert all("\n" not in line for line in BUILTIN_DATASETS.values())
+
+
+def test_other_shapes_hold_the_rows_of_skills_with_right_and_wrong_answers() -> None:
+    whole = skills("test", rows=40)
+    pairs, rated = preferences("test", rows=40), ratings("test", rows=40)
+    assert [row["chosen"] for row in pairs] == [row["completion"] for row in whole]
+    assert all(row["chosen"] != row["rejected"] for row in pairs)
+    right = [
+        rate["completion"] == row["completion"] for rate, row in zip(rated, whole, strict=True)
+    ]
+    assert right == [row["label"] for row in rated]
+    assert sum(right) == 20
+    assert [row["text"] for row in texts("test", rows=40)] == [
+        f"{row['prompt']} {row['completion']}" for row in whole
+    ]
 
 
 def test_the_model_folder_is_small_and_has_a_card() -> None:

@@ -22,7 +22,9 @@ from door import MAKE_TARGETS, extras
 from typer.testing import CliRunner
 
 from fedllm.algorithms import ALGORITHMS
+from fedllm.central.configure import load_central
 from fedllm.cli import app
+from fedllm.config import is_central, read
 from fedllm.experiment import load_config
 from fedllm.registry import Entry
 
@@ -39,6 +41,8 @@ SMALL = (
     "evaluation.max_new_tokens=2",
 )
 """Laid over every documented run, so that each takes a second and still goes all the way."""
+SMALL_CENTRAL = ("data.max_train_rows=40", "data.max_test_rows=4", "evaluation.max_new_tokens=2")
+"""The same for central runs."""
 
 _FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
@@ -127,6 +131,8 @@ def carry_out(command: str) -> None:
             assert all("=" in word for word in settings)
             if target == "demo":
                 fedllm("run", "examples/demo.yaml", *SMALL)
+        case "fedllm", "train", str(config), *rest if "--convert" not in rest:
+            fedllm("train", config, *rest, *SMALL_CENTRAL)
         case "fedllm", ("run" | "check"), str(config), *rest if config != "--resume":
             fedllm(words[0], config, *rest, *SMALL)
         case "fedllm", "bench", str(matrix), *rest:
@@ -203,7 +209,9 @@ def test_an_example_is_valid_and_opens_with_the_command_that_runs_it(example: Pa
 )
 def test_a_configuration_in_the_text_is_valid(block: Block, tmp_path: Path) -> None:
     (tmp_path / block.title).write_text(block.text)
-    assert load_config(tmp_path / block.title).name == Path(block.title).stem
+    path = tmp_path / block.title
+    config = load_central(path)[0] if is_central(read(path)) else load_config(path)
+    assert config.name == path.stem
 
 
 # completeness

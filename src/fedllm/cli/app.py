@@ -18,6 +18,7 @@ from fedllm.cli.export import export
 from fedllm.cli.serve import serve
 from fedllm.cli.sum_up import compare, report
 from fedllm.cli.trace import trace_app
+from fedllm.cli.train import check_central, train
 from fedllm.config import Config
 from fedllm.errors import FedLLMError, unknown
 
@@ -32,14 +33,15 @@ app = typer.Typer(
     epilog="Start with: fedllm check CONFIG.yaml, then fedllm run CONFIG.yaml",
 )
 
-app.add_typer(trace_app, name="trace")
-app.add_typer(data_app, name="data")
+app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(compare)
 app.command()(export)
 app.command()(chat)
 app.command()(serve)
+app.add_typer(data_app, name="data")
+app.add_typer(trace_app, name="trace")
 
 Words = Annotated[
     list[str] | None,
@@ -117,6 +119,8 @@ def check(
 ) -> None:
     """Check a configuration and its data, and estimate what a run takes."""
     with reported():
+        if check_central(Console(), config, words):
+            return
         _plan(Console(), _load(config, words), is_loading_model=False)
 
 

@@ -1,9 +1,10 @@
 """The configuration tree and the way from YAML to it. No torch here."""
 
+from fedllm.config.central import CentralConfig, is_central
 from fedllm.config.data import DataConfig
 from fedllm.config.exchange import CommunicationConfig, Named, PrivacyConfig, UpdatesConfig
 from fedllm.config.execution import ExecutionConfig
-from fedllm.config.load import apply_overrides, dump, read, validate
+from fedllm.config.load import apply_overrides, dump, read, validate, validate_central
 from fedllm.config.ranks import (
     BudgetRange,
     RankDistribution,
@@ -57,6 +58,7 @@ __all__ = [
     "Availability",
     "BudgetRange",
     "BufferedSchedule",
+    "CentralConfig",
     "CheckpointConfig",
     "CommunicationConfig",
     "Config",
@@ -89,8 +91,10 @@ __all__ = [
     "UpdatesConfig",
     "apply_overrides",
     "dump",
+    "is_central",
     "means_mixed_ranks",
     "ranks_in",
     "read",
     "validate",
+    "validate_central",
 ]

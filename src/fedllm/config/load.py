@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
+from fedllm.config.central import CentralConfig
 from fedllm.config.schema import Config
 from fedllm.errors import ConfigError, did_you_mean
 
@@ -149,19 +150,27 @@ def validate(tree: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
         return None, [_sentence(detail) for detail in error.errors()]
 
 
-def dump(config: Config) -> str:
+def validate_central(tree: Mapping[str, Any]) -> tuple[CentralConfig | None, list[str]]:
+    """Check a raw tree of central fine-tuning, as `validate` does for a federation."""
+    try:
+        return CentralConfig.model_validate(dict(tree)), []
+    except ValidationError as error:
+        return None, [_sentence(detail, CentralConfig) for detail in error.errors()]
+
+
+def dump(config: Config | CentralConfig) -> str:
     """Return the resolved configuration as YAML that re-runs the run."""
     tree = config.model_dump(mode="json")
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
-def _sentence(detail: ErrorDetails) -> str:
+def _sentence(detail: ErrorDetails, root: type[BaseModel] = Config) -> str:
     """Turn one pydantic error into a line that says where, what and how to mend it."""
     where = ".".join(str(part) for part in detail["loc"] if not _is_branch(part))
     if detail["type"] == "extra_forbidden":
         *parents, name = [str(part) for part in detail["loc"]]
-        known = _fields(parents)
+        known = _fields(parents, root)
         hint = did_you_mean(name, known) or f" Known here: {', '.join(known)}"
         return f"{where}: unknown key.{hint}"
     if detail["type"] == "union_tag_invalid":
@@ -192,9 +201,9 @@ def _branch_sentence(where: str, context: Mapping[str, Any]) -> str:
     return f"{where}.{key}: no such {key}; {choices} (got {got!r}).{did_you_mean(got, known)}"
 
 
-def _fields(parents: Sequence[str]) -> list[str]:
+def _fields(parents: Sequence[str], root: type[BaseModel]) -> list[str]:
     """Return the keys known at this place of the tree."""
-    kind: Any = Config
+    kind: Any = root
     for part in parents:
         kind = _inside(kind, part)
         if type(None) in get_args(kind):  # a section that may be absent

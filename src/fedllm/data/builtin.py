@@ -1,4 +1,4 @@
-"""The data set that comes with the package: instructions in ten skills, generated on the spot."""
+"""Data sets that come with the package: ten skills, generated on the spot, in several shapes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ BUILTIN_DATASETS: dict[str, str] = {
         f"({DEFAULT_ROWS['train']} train and {DEFAULT_ROWS['test']} test rows, "
         "each with a category)"
     ),
+    "preferences": "the same questions, each with the right answer and another question's",
+    "ratings": "the same questions, with right answers that are wanted and others that are not",
+    "texts": "the same questions and answers as plain texts",
 }
 """Name to a description in one line."""
 
@@ -83,3 +86,56 @@ def _category_rows(category: Category, split: Split, count: int, seed: int) -> l
         rows.append({"prompt": prompt, "completion": item.answer, "category": category.name})
         tries = 0
     return rows
+
+
+def preferences(split: str = "train", rows: int | None = None) -> list[dict[str, str]]:
+    """Return questions with a better and a worse answer, that of another in the category.
+
+    Rows have the keys `prompt`, `chosen`, `rejected` and `category`.
+    """
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": other,
+            "category": row["category"],
+        }
+        for row, other in _with_others(skills(split, rows))
+    ]
+
+
+def ratings(split: str = "train", rows: int | None = None) -> list[dict[str, str | bool]]:
+    """Return questions with an answer that is wanted in every second row.
+
+    Rows have the keys `prompt`, `completion`, `label` and `category`.
+    """
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": other if place % 2 else row["completion"],
+            "label": place % 2 == 0,
+            "category": row["category"],
+        }
+        for place, (row, other) in enumerate(_with_others(skills(split, rows)))
+    ]
+
+
+def texts(split: str = "train", rows: int | None = None) -> list[dict[str, str]]:
+    """Return questions and answers as texts, under the key `text`."""
+    return [{"text": f"{row['prompt']} {row['completion']}"} for row in skills(split, rows)]
+
+
+def _with_others(rows: list[dict[str, str]]) -> list[tuple[dict[str, str], str]]:
+    """Return each row with a wrong answer: the next different one in its category."""
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        answers.setdefault(row["category"], []).append(row["completion"])
+    seen: dict[str, int] = {}
+    found = []
+    for row in rows:
+        own = answers[row["category"]]
+        place = seen.get(row["category"], 0)
+        seen[row["category"]] = place + 1
+        later = (own[(place + step) % len(own)] for step in range(1, len(own)))
+        found.append((row, next((a for a in later if a != row["completion"]), "I do not know.")))
+    return found

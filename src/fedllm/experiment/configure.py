@@ -11,6 +11,7 @@ from fedllm.config import (
     Config,
     TrainingConfig,
     apply_overrides,
+    is_central,
     means_mixed_ranks,
     read,
     validate,
@@ -45,6 +46,9 @@ def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
     Raises:
         ConfigError: With every problem there is.
     """
+    if is_central(tree):
+        told = "stage: marks a run of central fine-tuning; carry it out with: fedllm train"
+        raise ConfigError([told], source)
     config, problems = validate(tree)
     problems += _algorithm_problems(tree)
     metrics = _section(tree, "evaluation").get("metrics", "auto")

@@ -23,7 +23,7 @@ from fedllm.errors import RunError
 from fedllm.results.environment import environment
 from fedllm.results.storage import atomic_folder, explained, strict_json, write_text
 
-RecordFile = Literal["metrics", "events", "ledger", "timing"]
+RecordFile = Literal["metrics", "events", "ledger", "timing", "trainer_log"]
 """The files to which a run adds one JSON line after another."""
 
 CONFIG_FILE = "config.yaml"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.config import read, validate
+from fedllm.config import is_central, read, validate, validate_central
 from fedllm.errors import ConfigError
 from fedllm.results.history import VIEWS, History, Series, is_better
 from fedllm.results.run_dir import CONFIG_FILE, RunDir
@@ -79,7 +79,10 @@ def overview(run: RunDir) -> Overview:
         ConfigError: If its configuration is not one of this version's.
     """
     source = run.path / CONFIG_FILE
-    config, problems = validate(read(source))
+    tree = read(source)
+    if is_central(tree):
+        return _central_overview(run, tree)
+    config, problems = validate(tree)
     if config is None:
         raise ConfigError(problems, str(source))
     ledger, timing, records = run.read("ledger"), run.read("timing"), run.read("metrics")
@@ -107,6 +110,38 @@ def overview(run: RunDir) -> Overview:
         outcomes=dict(Counter(entry.get("outcome", "arrived") for entry in ledger).most_common()),
         ended=next((r["ended"] for r in reversed(records) if r.get("ended")), ""),
         privacy=next((r["privacy"] for r in reversed(records) if r.get("privacy")), None),
+    )
+
+
+def _central_overview(run: RunDir, tree: Mapping[str, Any]) -> Overview:
+    """Return what a central run was: one client with all rows; its rounds are its evaluations."""
+    config, problems = validate_central(tree)
+    if config is None:
+        raise ConfigError(problems, str(run.path / CONFIG_FILE))
+    timing, records = run.read("timing"), run.read("metrics")
+    return Overview(
+        name=run.path.name,
+        algorithm=f"central {config.stage}, {config.adapter.method}",
+        model=config.model.path,
+        data=config.data.source,
+        partition="all rows",
+        seed=config.seed,
+        num_clients=1,
+        cohort_size=1,
+        rounds_done=History.of(run).last_round,
+        rounds_planned=records[-1]["rounds_planned"] if records else 1,
+        bytes_up=0,
+        bytes_down=0,
+        wall_s=sum(entry["wall_s"] for entry in timing),
+        server_s=0.0,
+        agg_error=None,
+        last_agg_error=None,
+        rejected=0,
+        virtual_s=0.0,
+        energy_j=0.0,
+        outcomes={},
+        ended=next((r["ended"] for r in reversed(records) if r.get("ended")), ""),
+        privacy=None,
     )
 
 
