@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fedllm.config.data import DataConfig
-from fedllm.config.schema import Fraction, ModelConfig, NonNegative
-from fedllm.config.section import Section
+from fedllm.config.schema import ModelConfig
+from fedllm.config.section import Fraction, NonNegative, Section
 
 Stage = Literal["sft", "pt", "dpo", "kto", "rm", "orpo", "simpo", "grpo"]
 Whole = Annotated[int, Field(ge=0)]

@@ -14,7 +14,8 @@ import torch
 from fedllm.adapters import Adapter, Routing, is_a, is_b, is_router, module_of, name_a, name_b
 from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_CONFIG
 from fedllm.adapters.native_format import load_native
-from fedllm.adapters.peft_format import CONFIG_FILE, ORIGIN_FILE, TENSORS_FILE
+from fedllm.adapters.peft_check import CONFIG_FILE, TENSORS_FILE
+from fedllm.adapters.peft_format import ORIGIN_FILE
 from fedllm.engine import Resident
 from fedllm.engine.assembly import Sources, assembled
 from fedllm.engine.buffers import Buffer

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_CONFIG
-from fedllm.adapters.peft_format import CONFIG_FILE as PEFT_CONFIG
+from fedllm.adapters.peft_check import CONFIG_FILE as PEFT_CONFIG
 from fedllm.adapters.peft_format import ORIGIN_FILE
 from fedllm.config import ModelConfig, read
 from fedllm.errors import ModelError, RunError

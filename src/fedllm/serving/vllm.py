@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_CONFIG
-from fedllm.adapters.peft_format import CONFIG_FILE
+from fedllm.adapters.peft_check import CONFIG_FILE
 from fedllm.errors import FedLLMError, ModelError
 from fedllm.models.sources import locate
 from fedllm.serving.server import Address
