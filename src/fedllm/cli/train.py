@@ -137,6 +137,9 @@ def _carry_out(
 ) -> None:
     """Train, and say where the result is and how to go on."""
     with reported():
+        from fedllm.models.unneeded import import_peft
+
+        import_peft()
         from fedllm.central.processes import is_first
         from fedllm.central.run import resume as go_on
         from fedllm.central.run import train as start
