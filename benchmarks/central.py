@@ -25,7 +25,7 @@ import yaml
 from benchmarks.measure import ratio, show, write
 
 GOALS = {"time_to_first_step_vs_llamafactory": "2x", "tokens_per_s_vs_llamafactory": "1x"}
-ROWS, LENGTH = 800, 512
+ROWS, LENGTH = 240, 512
 BATCH, PACKS = 16, 4
 """Rows, or packs of `LENGTH` tokens, in a step."""
 PATIENCE_S = 600.0

@@ -20,7 +20,7 @@ from fedllm.config import CentralConfig
 from fedllm.errors import ModelError
 from fedllm.models import Kind, LoadedModel, head_modules, linear_shape, target_modules
 from fedllm.models.quiet import quiet
-from fedllm.models.unneeded import without_bitsandbytes
+from fedllm.models.starting import without_bitsandbytes
 from fedllm.seeding import derive
 
 ADAPTER, MODEL = "adapter", "model"

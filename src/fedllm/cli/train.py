@@ -136,9 +136,9 @@ def _carry_out(
     console: Console, checked: CentralConfig, resume: Path | None, is_quiet: bool
 ) -> None:
     """Train, and say where the result is and how to go on."""
-    with reported():
-        from fedllm.models.unneeded import import_peft
+    from fedllm.models.starting import import_peft, uncollected
 
+    with reported(), uncollected():
         import_peft()
         from fedllm.central.processes import is_first
         from fedllm.central.run import resume as go_on

@@ -1,7 +1,8 @@
-"""Optional packages that libraries import because they are there, not because they are needed."""
+"""What makes a start quick: no package that is not needed, no search for garbage in imports."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,24 @@ def without_bitsandbytes() -> Iterator[None]:
                 forget()
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Search for no garbage inside the block, for imports and loading.
+
+    Both make millions of objects that stay, and Python walks over all of them again and again in
+    search of cycles: a tenth of the time to the first step. Memory is freed as ever when the last
+    reference goes; only cycles wait for the end of the block.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def import_peft() -> None:
-    """Import PEFT ahead of transformers' trainer, which would import all it can find."""
+    """Import PEFT ahead of transformers' trainer, which would import it with bitsandbytes."""
     with without_bitsandbytes():
         import peft  # noqa: F401
