@@ -100,11 +100,7 @@ def _of_stage(config: CentralConfig) -> dict[str, Any]:
     match stage:
         case "sft" | "pt":
             settings = {"skip_prepare_dataset": True}
-            return {
-                "dataset_kwargs": settings,
-                "padding_free": config.is_packed,
-                "max_length": None,
-            }
+            return {"dataset_kwargs": settings, "max_length": None}
         case "dpo":
             return {**common, **_of_pairs(objective)}
         case "kto":

@@ -45,7 +45,9 @@ class Measure:
 
     def __post_init__(self) -> None:
         chosen = self.config.evaluation.metrics
-        task = self.data.task if self.data.task in BY_TASK else "chat"
+        # which answer is preferred, TRL measures (see `compared`); answers are measured as a chat's
+        is_plain = self.data.task in BY_TASK and not self.compares
+        task = self.data.task if is_plain else "chat"
         self.names = BY_TASK[task] if chosen == "auto" else tuple(chosen)
         unfit = [
             name

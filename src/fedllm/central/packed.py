@@ -1,37 +1,80 @@
-"""Whether a model keeps packed examples apart."""
+"""Packs of several examples as a model takes them, and whether it keeps the examples apart."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
+from fedllm.central.examples import IGNORED
 from fedllm.central.tuning import Tuned
 from fedllm.errors import ConfigError
 
-_LENGTHS = (7, 5)
+_LENGTHS = (7, 5, 4)
+"""Of the examples of the trial; the last is a pack of its own, which is padded."""
 _TOLERANCE = 1e-3
 
 
+class PackCollator:
+    """Puts packs below one another, each example's positions from 0.
+
+    Without an attention mask, transformers lets a token see those before it back to position 0,
+    and no further. TRL would put all packs of a batch into one row instead, which is good where a
+    kernel skips what is masked; elsewhere attention over n packs then costs n times as much.
+
+    Args:
+        pad_token_id: Fills shorter packs; what is filled counts as an example without labels.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad = pad_token_id
+
+    def __call__(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `labels` and `position_ids`, each of shape (packs, longest)."""
+        shape = len(packs), max(len(pack["input_ids"]) for pack in packs)
+        ids = torch.full(shape, self._pad)
+        labels = torch.full(shape, IGNORED)
+        places = torch.zeros(shape, dtype=torch.int64)
+        for i, pack in enumerate(packs):
+            length = len(pack["input_ids"])
+            ids[i, :length] = torch.tensor(pack["input_ids"])
+            labels[i, :length] = torch.tensor(pack["labels"])
+            lengths = [*pack["seq_lengths"], shape[1] - length]
+            places[i] = torch.cat([torch.arange(own) for own in lengths])
+        # the first token of an example would be predicted from the example before it
+        labels[places == 0] = IGNORED
+        return {"input_ids": ids, "labels": labels, "position_ids": places}
+
+
 def check_packing(tuned: Tuned) -> None:
-    """Try two short examples together and apart.
+    """Try short examples together and apart.
 
     Raises:
         ConfigError: If one sees the other: then packed training would learn something else.
     """
-    body = tuned.body
+    body, device = tuned.body, tuned.body.device
     vocabulary = int(body.config.get_text_config().vocab_size)
-    places = [torch.arange(length) for length in _LENGTHS]
-    ids = [(17 + 31 * (place + 3 * i)) % vocabulary for i, place in enumerate(places)]
+    rows = [
+        [(17 + 31 * (i + 3 * k)) % vocabulary for i in range(n)] for k, n in enumerate(_LENGTHS)
+    ]
+    packs = [
+        {"input_ids": [t for row in own for t in row], "labels": [t for row in own for t in row],
+         "seq_lengths": [len(row) for row in own]}
+        for own in (rows[:2], rows[2:])
+    ]  # fmt: skip
+    batch = PackCollator(0)(packs)
     was_training = body.training
     body.eval()
     with torch.no_grad(), tuned.arithmetic():
-        apart = [body(input_ids=own[None].to(body.device)).logits[0] for own in ids]
-        together = body(
-            input_ids=torch.cat(ids)[None].to(body.device),
-            position_ids=torch.cat(places)[None].to(body.device),
+        apart = [body(input_ids=torch.tensor([row]).to(device)).logits[0] for row in rows]
+        padded = body(
+            input_ids=batch["input_ids"].to(device),
+            position_ids=batch["position_ids"].to(device),
             use_cache=False,
-        ).logits[0]
+        ).logits
     body.train(was_training)
     alone = torch.cat(apart)
+    together = torch.cat([padded[0], padded[1, : _LENGTHS[2]]])
     scale = float(alone.abs().max())
     is_exact = alone.dtype == torch.float32 and body.dtype == torch.float32
     tolerance = _TOLERANCE if is_exact else 5e-2

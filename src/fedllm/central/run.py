@@ -16,6 +16,7 @@ from fedllm.central.run_config import config_of
 from fedllm.central.stages import check_installed
 from fedllm.config import CentralConfig, dump
 from fedllm.errors import RunError
+from fedllm.models.starting import uncollected
 from fedllm.results import RunDir
 from fedllm.results.export import new_folder
 
@@ -32,7 +33,8 @@ def train(config: CentralConfig, watch: CentralWatch) -> Path:
     check_installed(config)
     join(config.model.device)
     agreed(lambda: _refuse_existing(config.run_dir))
-    parts = build(config, watch.say)
+    with uncollected():
+        parts = build(config, watch.say)
     directory = agreed(lambda: RunDir.create(config.run_dir, dump(config)))
     return _carry_out(parts, directory, config.run_dir, None, watch)
 
@@ -48,7 +50,8 @@ def resume(path: Path, watch: CentralWatch) -> Path:
     check_installed(config)
     join(config.model.device)
     directory = agreed(lambda: _locked(path))
-    parts = build(config, watch.say)
+    with uncollected():
+        parts = build(config, watch.say)
     found = complete_checkpoints(path)
     return _carry_out(parts, directory, path, found[-1] if found else None, watch)
 
@@ -82,8 +85,9 @@ def _carry_out(
     parts: Parts, directory: RunDir | None, path: Path, checkpoint: Path | None, watch: CentralWatch
 ) -> Path:
     """Train, evaluate and write the result."""
-    from fedllm.central.packed import check_packing
-    from fedllm.central.trainers import make_trainer, quiet_trainer
+    with uncollected():
+        from fedllm.central.packed import check_packing
+        from fedllm.central.trainers import make_trainer, quiet_trainer
 
     with directory or nullcontext(), _logging_to(directory):
         if parts.config.is_packed:
@@ -91,9 +95,10 @@ def _carry_out(
         folder = path / "checkpoints"
         recorder = Recorder(parts, directory, path, watch)
         _restore(recorder, checkpoint, directory, watch)
-        trainer = make_trainer(
-            parts.config, parts.tuned, parts.train, parts.test, folder, parts.where
-        )
+        with uncollected():
+            trainer = make_trainer(
+                parts.config, parts.tuned, parts.train, parts.test, folder, parts.where
+            )
         recorder.trainer = trainer
         if directory is not None:
             trainer.loss_sum = recorder.course.loss * world_size()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedllm.central.arguments import arguments
+from fedllm.central.packed import PackCollator
 from fedllm.central.rewards import reward_function
 from fedllm.central.stages import STAGES
 from fedllm.central.tuning import Tuned
@@ -82,6 +83,8 @@ def _finish(config: CentralConfig, trainer: Any) -> None:
     """Set what a trainer takes only after it is made."""
     if config.adapter.loraplus_ratio is not None:
         trainer.optimizer = _loraplus(trainer, config.adapter.loraplus_ratio)
+    if config.is_packed:
+        trainer.data_collator = PackCollator(trainer.processing_class.pad_token_id)
     if config.stage != "grpo":
         trainer.data_collator = _Collator(trainer.data_collator, mismatches=config.stage == "kto")
     if config.stage == "kto" and config.training.shuffle:

@@ -20,6 +20,7 @@ from fedllm.config import CentralConfig
 from fedllm.errors import ModelError
 from fedllm.models import Kind, LoadedModel, head_modules, linear_shape, target_modules
 from fedllm.models.quiet import quiet
+from fedllm.models.starting import without_bitsandbytes
 from fedllm.seeding import derive
 
 ADAPTER, MODEL = "adapter", "model"
@@ -184,7 +185,10 @@ class Tuned:
             fan_in_fan_out=bool(self.conv1d),
             modules_to_save=list(head_modules(body, self.loaded.kind)) or None,
         )
-        self.model = get_peft_model(body, settings)
+        # only quantised layers are wrapped by its means
+        is_quantised = getattr(body, "is_quantized", False)
+        with nullcontext() if is_quantised else without_bitsandbytes():
+            self.model = get_peft_model(body, settings)
         if adapter.init == "default":
             seed = derive(self.config.seed, "adapter")
             start = initial(shapes, adapter.rank, adapter.scaling, seed)

@@ -136,12 +136,18 @@ def _carry_out(
     console: Console, checked: CentralConfig, resume: Path | None, is_quiet: bool
 ) -> None:
     """Train, and say where the result is and how to go on."""
-    with reported():
+    import gc
+
+    from fedllm.models.starting import import_peft, uncollected
+
+    with reported(), uncollected():
+        import_peft()
         from fedllm.central.processes import is_first
         from fedllm.central.run import resume as go_on
         from fedllm.central.run import train as start
         from fedllm.cli.central import CentralView, print_end
 
+        gc.freeze()  # modules stay to the end; no later search need walk over them
         view = CentralView(console, is_silent=is_quiet or not is_first())
     try:
         with reported(), view:

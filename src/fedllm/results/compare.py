@@ -235,7 +235,9 @@ def _course(path: Path, history: History, metric: str, view: str) -> Course:
     }
     values = dict(zip(series.rounds, series.values, strict=True))
     config = read(path / CONFIG_FILE)
-    planned: int = config["federation"]["rounds"]
+    # a central run plans as it goes, and says so in its records
+    last = history.records[-1] if history.records else {}
+    planned = last["rounds_planned"] if "rounds_planned" in last else config["federation"]["rounds"]
     is_finished = history.last_round >= planned or any(r.get("ended") for r in history.records)
     return Course(path, config, metric, view, values, costs, is_finished)
 
