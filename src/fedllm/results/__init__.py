@@ -3,7 +3,7 @@
 `fedllm.results.plots` is imported by those who draw: it brings matplotlib along.
 """
 
-from fedllm.results.artifact import Artifact, find_artifact, origin_of
+from fedllm.results.artifact import Artifact, find_artifact
 from fedllm.results.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from fedllm.results.export import merge_into, new_folder, write_model
 from fedllm.results.history import VIEWS, History, Series
@@ -25,7 +25,6 @@ __all__ = [
     "load_checkpoint",
     "merge_into",
     "new_folder",
-    "origin_of",
     "overview",
     "save_checkpoint",
     "strict_json",
