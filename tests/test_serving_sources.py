@@ -200,11 +200,11 @@ def test_an_adapter_of_another_base_is_refused(
     folder = Path(shutil.copytree(adapters["client-0"], tmp_path / "other"))
     origin = json.loads((folder / "fedllm.json").read_text())
     (folder / "fedllm.json").write_text(json.dumps({**origin, "base_hash": "0" * 64}))
-    with pytest.raises(ModelError, match="adapter 'mine': .* is not the base model"):
+    with pytest.raises(ModelError, match=r"adapter 'mine': .* is not the base model"):
         Host(Source(TINY, {"mine": folder}), LIMITS)
     (folder / "fedllm.json").unlink()  # nothing is recorded: shapes and names decide
     other = ModelConfig(path=str(tiny_model("llama")), dtype="float32", device="cpu")
-    with pytest.raises(ModelError, match="has no|finds no|no linear"):
+    with pytest.raises(ModelError, match=r"has no|finds no|no linear"):
         Host(Source(other, {"mine": folder}), LIMITS)
 
 

@@ -101,7 +101,12 @@ def print_end(console: Console, path: Path, config: CentralConfig, *, is_quiet: 
         return
     folder = "adapter" if config.adapter.method == "lora" else "model"
     console.print(f"\nwritten to {path / folder}\nnext:", soft_wrap=True, highlight=False)
-    console.print(Text(f"  fedllm show {path}", style="cyan"), soft_wrap=True)
+    name, form = path.name, "" if folder == "adapter" else " --merged"
+    commands = [f"show {path}", f"export {path} --to {name}-{folder}{form}"]
+    if config.stage != "rm":
+        commands[1:1] = [f"eval {path}", f"chat {path}"]
+    for command in commands:
+        console.print(Text(f"  fedllm {command}", style="cyan"), soft_wrap=True)
 
 
 def print_report(console: Console, report: CentralReport) -> None:
