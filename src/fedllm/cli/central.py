@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.cli.figures import bytes_text, count_text, value_text
+from fedllm.cli.plan import coloured
 
 if TYPE_CHECKING:
-    from fedllm.central.check import CentralReport, Piece
+    from fedllm.central.check import CentralReport
     from fedllm.central.parts import Parts
     from fedllm.config import CentralConfig
-
-_MAX_CHARACTERS = 1500
 
 
 class CentralView:
@@ -171,14 +170,7 @@ def _model(report: CentralReport) -> list[tuple[str, str]]:
     ]
 
 
-def _print_example(console: Console, title: str, pieces: tuple[Piece, ...]) -> None:
-    text, left = Text(), _MAX_CHARACTERS
-    for piece in pieces:
-        shown = piece.text[:left]
-        text.append(shown, "bold green" if piece.is_learned else "dim")
-        left -= len(shown)
-    if left <= 0:
-        text.append(" ...")
+def _print_example(console: Console, title: str, pieces: Sequence[tuple[str, bool]]) -> None:
     legend = Text.assemble(f"\n{title}: ", ("prompt", "dim"), " · ", ("learned", "bold green"))
     console.print(legend)
-    console.print(text)
+    console.print(coloured(pieces))
