@@ -48,16 +48,7 @@ def evaluate_alone(
     Raises:
         FedLLMError: If no data is given, or something does not fit.
     """
-    if trained.adapter is not None and is_native(trained.adapter):
-        raise ModelError(
-            f"{trained.artifact.path} is an adapter in fedllm's own layout; evaluate the run that"
-            " it comes from"
-        )
-    if trained.artifact.config.get("stage") == "rm":
-        raise FedLLMError(
-            f"{trained.artifact.path} is a reward model: it compares answers and gives none. How"
-            f" well it does so on its test pairs: fedllm show {trained.artifact.path}"
-        )
+    _check(trained)
     config = _data(trained, data)
     say("loading the model")
     loaded = trained.whole() if trained.kind == "causal-lm" else None
@@ -74,6 +65,20 @@ def evaluate_alone(
     found = evaluator.evaluate(views, MemoryStore(), ("global",), sample=False, progress=progress)
     record = {name: part for name, part in found.record.items() if name != "clients"}
     return Evaluated(None, len(dataset.test), evaluator.names, replace(found, record=record))
+
+
+def _check(trained: Trained) -> None:
+    """Refuse what cannot be evaluated on rows."""
+    if trained.adapter is not None and is_native(trained.adapter):
+        raise ModelError(
+            f"{trained.artifact.path} is an adapter in fedllm's own layout; evaluate the run that"
+            " it comes from"
+        )
+    if trained.artifact.config.get("stage") == "rm":
+        raise FedLLMError(
+            f"{trained.artifact.path} is a reward model: it compares answers and gives none. How"
+            f" well it does so on its test pairs: fedllm show {trained.artifact.path}"
+        )
 
 
 def _measured(
