@@ -137,7 +137,7 @@ def test_a_small_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     example = ROOT / "examples" / "central" / f"{name}.yaml"
     run = name.replace("_", "-")
     fedllm("train", str(example), *SMALL, "training.batch_size=4")
-    assert "round" in fedllm("show", f"runs/{run}")
+    assert "evaluation" in fedllm("show", f"runs/{run}")
 
 
 @pytest.mark.parametrize("module", ["configure", "run_config", "stages", "llamafactory"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import string
 from functools import cache
@@ -174,3 +175,27 @@ def test_a_template_without_tools_refuses_them(family: str) -> None:
 def test_a_conversation_without_messages_is_refused() -> None:
     with pytest.raises(DataError, match="the request: there is no message"):
         renderer_of("base").prompt_ids([])
+
+
+@pytest.mark.parametrize("edge", ["", "\n", "  \n", "\n\n"])
+def test_of_named_templates_the_one_for_tools_writes_rows_with_tools(edge: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer("qwen2.5-tools"))
+    named = {
+        "tool_use": edge + str(tokenizer.chat_template) + edge,
+        "default": edge + chat_template(tokenizer, "chatml") + edge,
+    }
+    tokenizer.chat_template = named
+    renderer = make_renderer(tokenizer, chat_template(tokenizer))
+    turns = conversation({"place": "Oslo"})
+    for tools in ([{"type": "function", "function": WEATHER}], []):
+        asked = turns[:3] if tools else turns[:1]
+        theirs = tokenizer.apply_chat_template(
+            asked, tools=tools or None, add_generation_prompt=True, tokenize=False
+        )
+        ours = renderer.prompt_ids(read_messages(asked), tools_of(tools) if tools else ())
+        assert ours == tokenizer(theirs, add_special_tokens=False)["input_ids"]
+        assert ("# Tools" in theirs) == bool(tools)
+    named["default"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    renderer = make_renderer(tokenizer, chat_template(tokenizer))
+    with pytest.raises(DataError, match="tool calls, but the chat template writes none"):
+        renderer.prompt_ids(read_messages(turns[:3]), ())

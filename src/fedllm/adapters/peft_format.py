@@ -8,6 +8,7 @@ files.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,6 @@ from fedllm.adapters.peft_check import (
     TENSORS_FILE,
     check_peft,
     refuse_nonfinite,
-    refuse_pickled,
 )
 from fedllm.errors import ModelError
 
@@ -48,6 +48,20 @@ TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 ORIGIN_FILE = "fedllm.json"
 
 _SUFFIX = ".weight"
+_MORE_THAN_LORA = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+"""Settings of PEFT under which an adapter is more than scaling * B A on linear layers."""
 _HEAD_ENDINGS = ("classifier", "score")
 
 
@@ -87,29 +101,40 @@ def save_peft(
 
 
 def load_peft(folder: Path) -> Adapter:
-    """Read back what `save_peft` wrote; a base delta is then part of the factors.
+    """Read a plain LoRA that fedllm, PEFT or TRL wrote, in fp32.
+
+    Of what `save_peft` wrote, a base delta is then part of the factors.
 
     Raises:
-        ModelError: If the folder holds no adapter written by `save_peft`, or a damaged one.
+        ModelError: If the folder holds no adapter, a damaged one, or one that does more than add
+            scaling * B A to linear layers.
     """
     from safetensors.torch import load_file
 
-    missing = [n for n in (CONFIG_FILE, TENSORS_FILE, ORIGIN_FILE) if not (folder / n).is_file()]
-    if missing:
-        refuse_pickled(folder)
-        raise ModelError(
-            f"{folder} holds no adapter that fedllm wrote: {', '.join(missing)} is missing."
-            " Give the folder that `fedllm export` made, or the adapter/ of a checkpoint."
-        )
     config, _ = check_peft(folder)
+    more = [key for key in _MORE_THAN_LORA if config.get(key)]
+    more += [f"bias: {config['bias']}"] if config.get("bias", "none") != "none" else []
+    if more:
+        raise ModelError(
+            f"{folder} is no plain LoRA ({more[0]}), so it cannot stand beside the weights here."
+            f" Merge it: fedllm export {folder} --to MERGED --merged; then use the folder MERGED"
+        )
     stored = load_file(folder / TENSORS_FILE)
     refuse_nonfinite(folder / TENSORS_FILE, stored)
-    adapter = Adapter({_our_name(name): tensor for name, tensor in stored.items()})
-    scaling = {
-        module: config["alpha_pattern"].get(module, config["lora_alpha"]) / adapter.rank_of(module)
-        for module in adapter.modules
-    }
-    return Adapter(adapter.tensors, scaling)
+    adapter = Adapter({_our_name(name): tensor.float() for name, tensor in stored.items()})
+    return Adapter(adapter.tensors, _scaling(config, adapter))
+
+
+def _scaling(config: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
+    """Return alpha / r of every module, as PEFT finds it."""
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    found = {}
+    for module in adapter.modules:
+        match = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", module)), None)
+        alpha = float(config["lora_alpha"] if match is None else patterns[match])
+        rank = adapter.rank_of(module)
+        found[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return found
 
 
 def folded(adapter: Adapter, base: BaseDelta) -> Adapter:

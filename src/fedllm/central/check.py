@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from fedllm.central.parts import build, check_length, cut, load_tokens
 from fedllm.central.stages import check_installed
 from fedllm.config import CentralConfig
 from fedllm.data import Dataset, TokenSet
+from fedllm.data.tokens import decoded
 
 _TRAINED_BYTES = 16
 """fp32 parameter, gradient and two moments of AdamW."""
@@ -21,14 +21,6 @@ _ACTIVATION_BYTES = 34
 """Bytes of activations for each token, layer and unit of the hidden size, in 16 bits."""
 _CHECKPOINTED_BYTES = 2
 """The same where only the inputs of layers are kept."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a training row as the model sees it."""
-
-    text: str
-    is_learned: bool
 
 
 @dataclass(frozen=True)
@@ -49,9 +41,9 @@ class CentralReport:
     base_bytes: int
     trained_bytes: int
     activation_bytes: int
-    example: tuple[Piece, ...]
-    """The training row of ordinary length."""
-    worse: tuple[Piece, ...]
+    example: tuple[tuple[str, bool], ...]
+    """The training row of ordinary length: text, and whether it is learned."""
+    worse: tuple[tuple[str, bool], ...]
     """For pairs: the same row with the worse answer."""
 
 
@@ -122,8 +114,8 @@ def report(config: CentralConfig, data: Dataset, tokenizer: Any) -> CentralRepor
         base_bytes=sizes.base_bytes,
         trained_bytes=sizes.trained * _TRAINED_BYTES,
         activation_bytes=in_a_batch * sizes.layers * sizes.hidden * per_unit + logits,
-        example=_pieces(data.train, row, tokenizer),
-        worse=_pieces(worse, row, tokenizer) if worse is not None else (),
+        example=decoded(*data.train.row(row), tokenizer),
+        worse=decoded(*worse.row(row), tokenizer) if worse is not None else (),
     )
 
 
@@ -131,12 +123,3 @@ def _sequences(config: CentralConfig, train: TokenSet) -> int:
     from fedllm.central.examples import bins
 
     return len(bins(train.lengths, config.data.max_length)) if config.is_packed else len(train)
-
-
-def _pieces(tokens: TokenSet, row: int, tokenizer: Any) -> tuple[Piece, ...]:
-    """Decode a row, stretch by stretch."""
-    ids, learned = tokens.row(row)
-    found = []
-    for is_learned, run in groupby(range(len(ids)), key=lambda i: bool(learned[i])):
-        found.append(Piece(str(tokenizer.decode(ids[list(run)].tolist())), is_learned))
-    return tuple(found)

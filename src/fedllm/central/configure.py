@@ -52,9 +52,9 @@ def check_central(tree: Mapping[str, Any], source: str | None = None) -> Central
         ConfigError: With every problem there is.
     """
     if not is_central(tree):
-        raise ConfigError(
-            ["stage: missing; a central run has one, such as `stage: sft`. A federated one goes"
-             " to: fedllm run"], source)  # fmt: skip
+        other = f"fedllm run {source or 'CONFIG.yaml'}"
+        lacking = "stage: missing; a central run has one, such as `stage: sft`. Carry a federated"
+        raise ConfigError([f"{lacking} one out with: {other}"], source)
     foreign = [key for key in _FOREIGN if key in tree]
     config, found = validate_central({k: v for k, v in tree.items() if k not in foreign})
     told = [f"{key}: is for federated runs; take it or `stage` out" for key in foreign]

@@ -45,18 +45,19 @@ class Measure:
 
     def __post_init__(self) -> None:
         chosen = self.config.evaluation.metrics
-        # which answer is preferred, TRL measures (see `compared`); answers are measured as a chat's
-        is_plain = self.data.task in BY_TASK and not self.compares
-        task = self.data.task if is_plain else "chat"
-        self.names = BY_TASK[task] if chosen == "auto" else tuple(chosen)
-        unfit = [
-            name
-            for name in self.names
-            if METRICS[name].needs == "classes" and self.data.task != "classification"
-        ]
+        if chosen == "auto":
+            # how answers compare is measured by TRL besides
+            task = self.data.task if self.data.task in BY_TASK and not self.compares else "chat"
+            chosen = list(BY_TASK[task])
+        wanted = [name for name in chosen if not (self.compares and name in METRICS_OF_PAIRS)]
+        self.names = tuple(wanted) or ("loss",)
+        present = {"tokens", "answers"}
+        present |= {"classes"} if self.data.task == "classification" else set()
+        unfit = [name for name in self.names if METRICS[name].needs not in present]
         if unfit:
-            told = f"{', '.join(unfit)} needs classes, but the task is {self.data.task}"
-            raise ConfigError([f"evaluation.metrics: {told}"])
+            told = f"{', '.join(unfit)} needs {METRICS[unfit[0]].needs}"
+            place = f"stage {self.config.stage} with the task {self.data.task}"
+            raise ConfigError([f"evaluation.metrics: {told}, which {place} does not have"])
 
     @property
     def main(self) -> str:

@@ -29,6 +29,11 @@ class StageKind:
     needs_reference: bool = False
     """Whether the loss compares with the model as it was."""
 
+    @property
+    def wanted(self) -> str:
+        """What a row must hold, in words."""
+        return _WANTED[self.shape]
+
 
 STAGES: Mapping[str, StageKind] = {
     "sft": StageKind("answers, token by token", "answers", "trl.trainer.sft", "SFT"),
@@ -40,6 +45,18 @@ STAGES: Mapping[str, StageKind] = {
     "simpo": StageKind("margin per token", "pairs", "trl.experimental.cpo.cpo", "CPO"),
     "grpo": StageKind("rewards of drawn answers", "prompts", "trl.trainer.grpo", "GRPO"),
 }
+
+METHODS: Mapping[str, tuple[str, str]] = {
+    "lora": ("adapters of low rank beside frozen weights", "adapter.method: lora"),
+    "rslora": ("LoRA scaled by alpha / sqrt(r)", "adapter.rslora: true"),
+    "dora": ("LoRA that learns the length of weight columns apart", "adapter.dora: true"),
+    "pissa": ("LoRA that begins as the leading singular vectors", "adapter.init: pissa"),
+    "lora+": ("LoRA with a higher learning rate of B", "adapter.loraplus_ratio: 16"),
+    "qlora": ("LoRA on a base packed into 4 bits", "model.quantization: 4bit"),
+    "freeze": ("the weights of some layers", "adapter.method: freeze"),
+    "full": ("all weights", "adapter.method: full"),
+}
+"""Ways to train to what they are, and the setting that asks for each."""
 
 REWARDS = ("exact", "final_number", "short")
 """Reward functions by name; any other is `FILE.py:FUNCTION`."""

@@ -97,11 +97,14 @@ class Tuned:
             folder: Made if missing.
             version: Optimiser steps.
         """
+        held = self.config.model.quantization
         origin = {
             "algorithm": f"central {self.config.stage}",
             "version": str(version),
             "client": "global",
             "base_hash": self.loaded.base_hash,
+            # the hash is that of the packed weights
+            **({} if held == "none" else {"base_quantization": held}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.adapter.method != "lora":

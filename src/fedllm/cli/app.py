@@ -24,13 +24,14 @@ from fedllm.errors import FedLLMError, unknown
 
 app = typer.Typer(
     name="fedllm",
-    help="Federated fine-tuning of Hugging Face language models.",
+    help="Federated and central fine-tuning of Hugging Face language models; chat and serving.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: fedllm check CONFIG.yaml, then fedllm run CONFIG.yaml",
+    epilog="Start with: fedllm check CONFIG.yaml, then fedllm run CONFIG.yaml (a federation) or"
+    " fedllm train CONFIG.yaml (one machine); then fedllm chat RUN, fedllm serve RUN",
 )
 
 app.command()(train)
@@ -68,7 +69,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Federated fine-tuning of Hugging Face language models."""
+    """Federated and central fine-tuning of Hugging Face language models; chat and serving."""
 
 
 @app.command()
@@ -172,7 +173,7 @@ def list_names(
         typer.Argument(
             metavar="SUBJECT",
             help="models, datasets, algorithms, metrics, partitions, codecs, robust, schedules,"
-            " devices, links or worlds",
+            " devices, links, worlds, stages or methods",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.cli.figures import bytes_text, count_text, value_text
+from fedllm.cli.plan import coloured
 
 if TYPE_CHECKING:
-    from fedllm.central.check import CentralReport, Piece
+    from fedllm.central.check import CentralReport
     from fedllm.central.parts import Parts
     from fedllm.config import CentralConfig
-
-_MAX_CHARACTERS = 1500
 
 
 class CentralView:
@@ -101,7 +100,12 @@ def print_end(console: Console, path: Path, config: CentralConfig, *, is_quiet: 
         return
     folder = "adapter" if config.adapter.method == "lora" else "model"
     console.print(f"\nwritten to {path / folder}\nnext:", soft_wrap=True, highlight=False)
-    console.print(Text(f"  fedllm show {path}", style="cyan"), soft_wrap=True)
+    name, form = path.name, "" if folder == "adapter" else " --merged"
+    commands = [f"show {path}", f"export {path} --to {name}-{folder}{form}"]
+    if config.stage != "rm":
+        commands[1:1] = [f"eval {path}", f"chat {path}"]
+    for command in commands:
+        console.print(Text(f"  fedllm {command}", style="cyan"), soft_wrap=True)
 
 
 def print_report(console: Console, report: CentralReport) -> None:
@@ -166,14 +170,7 @@ def _model(report: CentralReport) -> list[tuple[str, str]]:
     ]
 
 
-def _print_example(console: Console, title: str, pieces: tuple[Piece, ...]) -> None:
-    text, left = Text(), _MAX_CHARACTERS
-    for piece in pieces:
-        shown = piece.text[:left]
-        text.append(shown, "bold green" if piece.is_learned else "dim")
-        left -= len(shown)
-    if left <= 0:
-        text.append(" ...")
+def _print_example(console: Console, title: str, pieces: Sequence[tuple[str, bool]]) -> None:
     legend = Text.assemble(f"\n{title}: ", ("prompt", "dim"), " · ", ("learned", "bold green"))
     console.print(legend)
-    console.print(text)
+    console.print(coloured(pieces))

@@ -28,7 +28,6 @@ data_app = typer.Typer(
 
 _BARS, _BAR_WIDTH = 12, 40
 _SHOWN = 10
-_MAX_CHARACTERS = 1500
 _SOME_BROKEN = 1
 
 
@@ -118,14 +117,11 @@ def _print(console: Console, found: DataCheck) -> None:
     if found.lengths:
         _print_lengths(console, found)
         console.print(f"supervised: {found.supervised_share:.1%} of the tokens", highlight=False)
-    text = Text()
-    for piece, is_learned in found.example:
-        text.append(piece, style="bold green" if is_learned else "dim")
-    if len(text) > _MAX_CHARACTERS:
-        text = Text.assemble(text[: _MAX_CHARACTERS // 2], " ... ", text[-_MAX_CHARACTERS // 2 :])
     if found.example:
+        from fedllm.cli.plan import coloured
+
         console.print("a row of ordinary length, what is learned of it in green:")
-        console.print(text)
+        console.print(coloured(found.example))
 
 
 def _print_reasons(console: Console, found: DataCheck) -> None:

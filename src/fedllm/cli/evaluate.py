@@ -187,7 +187,6 @@ class Asked:
         )
 
     def _alone(self, say: Callable[[str], None]) -> Evaluated:
-        from fedllm.config import EvaluationConfig
         from fedllm.experiment.standalone import evaluate_alone
         from fedllm.experiment.trained import open_trained
 
@@ -196,7 +195,7 @@ class Asked:
         return evaluate_alone(
             open_trained(self.path, base=self.base, client=self.client),
             self.data,
-            metrics=EvaluationConfig(metrics=self.names or "auto"),
+            metrics=self.names,
             say=say,
             progress=lambda count: say(f"evaluating · {count} answers generated"),
         )

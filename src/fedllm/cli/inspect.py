@@ -15,7 +15,15 @@ from rich.text import Text
 
 from fedllm.cli.figures import bytes_text, duration_text, sparkline, value_text
 from fedllm.cli.tables import Row
-from fedllm.results import History, MetricRow, Overview, RunDir, overview, summary_rows
+from fedllm.results import (
+    History,
+    MetricRow,
+    Overview,
+    RunDir,
+    overview,
+    resume_command,
+    summary_rows,
+)
 
 _FOR_JSON = {
     "settings",
@@ -52,7 +60,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     keys = [key for key in rows[0] if key not in _FOR_JSON]
     table = Table(box=box.SIMPLE_HEAD)
     for key in keys:
-        is_wide = key in {"what", "tasks"}
+        is_wide = key in {"what", "tasks", "rows"}
         table.add_column(key.replace("_", " "), no_wrap=not is_wide, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[key]) for key in keys))
@@ -99,25 +107,26 @@ def print_run(console: Console, run: RunDir, *, is_full: bool = True) -> None:
         is_full: Show all views of all metrics; else of the main metric alone.
     """
     facts = overview(run)
-    state = f"round {facts.rounds_done} of {facts.rounds_planned}"
+    federated = facts.steps is None
+    fleet = f" · {facts.num_clients} clients, {facts.cohort_size} a round" if federated else ""
     console.print(
         Text.assemble(
             (facts.name, "bold"),
             f" · {facts.algorithm} · {facts.model} · {facts.data}, {facts.partition}"
-            f" · {facts.num_clients} clients, {facts.cohort_size} a round · seed {facts.seed}",
+            f"{fleet} · seed {facts.seed}",
         ),
         soft_wrap=True,
     )
-    _print_metrics(console, run, is_full)
-    console.print(
-        f"{state} · up {bytes_text(facts.bytes_up)}, down {bytes_text(facts.bytes_down)}"
-        f" · {duration_text(facts.wall_s)}",
-        highlight=False,
-    )
+    _print_metrics(console, run, is_full, "round" if federated else "evaluation")
+    done = f"{facts.steps} steps"
+    if federated:
+        done = f"round {facts.rounds_done} of {facts.rounds_planned}"
+        done += f" · up {bytes_text(facts.bytes_up)}, down {bytes_text(facts.bytes_down)}"
+    print_line(console, f"{done} · {duration_text(facts.wall_s)}")
     for line in _exchange_lines(facts):
         print_line(console, line)
     if not facts.is_finished:
-        print_line(console, f"not finished; continue with: fedllm run --resume {run.path}")
+        print_line(console, f"not finished; continue with: {resume_command(run.path)}")
     if plots_of(run):
         print_line(console, f"plots: {run.path / 'plots'}/*.png")
 
@@ -155,14 +164,14 @@ def _world_lines(facts: Overview) -> list[str]:
     return lines
 
 
-def _print_metrics(console: Console, run: RunDir, is_full: bool) -> None:
+def _print_metrics(console: Console, run: RunDir, is_full: bool, number: str) -> None:
     rows, history = summary_rows(run), History.of(run)
     if not is_full:
         rows = [row for row in rows if row.is_main or row.view in _MAIN_VIEWS]
     if not rows:
         print_line(console, "\nnothing was evaluated yet\n")
         return
-    table = new_table("metric", "of", "first", "last", "best", "round", "course")
+    table = new_table("metric", "of", "first", "last", "best", number, "course")
     table.columns[1].justify = table.columns[6].justify = "left"
     for place, row in enumerate(rows):
         is_new = place == 0 or rows[place - 1].metric != row.metric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -182,11 +183,6 @@ def _mostly(names: tuple[str, ...], counts: np.ndarray) -> str:
 
 
 def _print_example(console: Console, example: Example) -> None:
-    text = Text()
-    for piece, is_supervised in example.pieces:
-        text.append(piece, style="bold green" if is_supervised else "dim")
-    if len(text) > _MAX_CHARACTERS:
-        text = Text.assemble(text[: _MAX_CHARACTERS // 2], " ... ", text[-_MAX_CHARACTERS // 2 :])
     legend = Text.assemble(
         (f"training row {example.row} as the model sees it, {example.num_tokens} tokens: ", "bold"),
         ("prompt", "dim"),
@@ -194,4 +190,17 @@ def _print_example(console: Console, example: Example) -> None:
         *([f"label {example.label}"] if example.label else [("learned", "bold green")]),
     )
     console.print(legend)
-    console.print(text)
+    console.print(coloured(example.pieces))
+    if example.worse:
+        console.print(Text("the same row with the worse answer:", style="bold"))
+        console.print(coloured(example.worse))
+
+
+def coloured(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """Return a row as the model sees it, what is learned standing out; its middle may be cut."""
+    text = Text()
+    for piece, is_supervised in pieces:
+        text.append(piece, style="bold green" if is_supervised else "dim")
+    if len(text) > _MAX_CHARACTERS:
+        return Text.assemble(text[: _MAX_CHARACTERS // 2], " ... ", text[-_MAX_CHARACTERS // 2 :])
+    return text

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from fedllm.adapters.wire import WIRE
 from fedllm.algorithms import ALGORITHMS
 from fedllm.algorithms.catalog import Description, describe
+from fedllm.central.stages import METHODS, STAGES
 from fedllm.config import AnySchedule
 from fedllm.config.profiles import DEVICES, LINKS
 from fedllm.config.worlds import SUMMARIES, WORLDS
@@ -119,6 +120,17 @@ def _worlds() -> Sequence[Row]:
     return [{"name": n, "what": text, "system": WORLDS[n]} for n, text in SUMMARIES.items()]
 
 
+def _stages() -> Sequence[Row]:
+    return [
+        {"name": name, "what": stage.summary, "rows": stage.wanted, "trainer": stage.trainer}
+        for name, stage in STAGES.items()
+    ]
+
+
+def _methods() -> Sequence[Row]:
+    return [{"name": name, "what": what, "set": words} for name, (what, words) in METHODS.items()]
+
+
 SUBJECTS: Mapping[str, Callable[[], Sequence[Row]]] = {
     "models": _models,
     "datasets": _datasets,
@@ -131,5 +143,7 @@ SUBJECTS: Mapping[str, Callable[[], Sequence[Row]]] = {
     "devices": _devices,
     "links": _links,
     "worlds": _worlds,
+    "stages": _stages,
+    "methods": _methods,
 }
 """What can be listed; each row has a `name` and `what` it is."""

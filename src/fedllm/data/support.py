@@ -29,24 +29,25 @@ class Support:
     @cached_property
     def writes_tools(self) -> bool:
         """Whether the functions that may be called are written."""
-        schema = {
-            "name": _TOOL,
-            "description": "a probe",
-            "parameters": {"type": "object", "properties": {}},
-        }
-        tools = [{"type": "function", "function": schema}]
-        return _TOOL in self._tried([_user()], tools)
+        return _TOOL in self._tried([_user()], _tools())
 
     @cached_property
     def writes_calls(self) -> bool:
         """Whether an assistant's tool calls are written."""
-        return _CALLED in (self._tried(_calling("call00001")) or self._tried(_calling(None)))
+        return self._has_call(None)
+
+    @cached_property
+    def writes_calls_of_tools(self) -> bool:
+        """Whether they are where tools are written, too: some have a template for each."""
+        return self._has_call(_tools())
 
     @cached_property
     def wants_short_ids(self) -> bool:
         """Whether a call needs an id of nine letters or digits, as Mistral's templates ask."""
-        return not self._tried(_calling("call_of_22_characters")) and bool(
-            self._tried(_calling("call00001"))
+        return any(
+            not self._tried(_calling("call_of_22_characters"), tools)
+            and bool(self._tried(_calling("call00001"), tools))
+            for tools in (None, _tools())
         )
 
     @cached_property
@@ -61,10 +62,15 @@ class Support:
             raise DataError(
                 f"{where}: there are tools, but the chat template writes none. {_REMEDY}"
             )
-        if any(m.tool_calls for m in messages) and not self.writes_calls:
+        written = self.writes_calls_of_tools if tools else self.writes_calls
+        if any(m.tool_calls for m in messages) and not written:
             raise DataError(
                 f"{where}: there are tool calls, but the chat template writes none. {_REMEDY}"
             )
+
+    def _has_call(self, tools: list[dict[str, Any]] | None) -> bool:
+        tried = self._tried(_calling("call00001"), tools) or self._tried(_calling(None), tools)
+        return _CALLED in tried
 
     def _tried(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> str:
         """Return what the template makes of it; nothing if it refuses."""
@@ -78,6 +84,12 @@ class Support:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError):
             return ""
+
+
+def _tools() -> list[dict[str, Any]]:
+    parameters = {"type": "object", "properties": {}}
+    schema = {"name": _TOOL, "description": "a probe", "parameters": parameters}
+    return [{"type": "function", "function": schema}]
 
 
 def _user() -> Turn:

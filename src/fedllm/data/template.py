@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +52,7 @@ def chat_template(tokenizer: Tokenizer, name: str = "auto") -> str:
     if name == "auto":
         own = tokenizer.chat_template
         if isinstance(own, dict):  # several templates under names
-            own = own.get("default")
+            own = _by_tools(own)
         if own:
             return str(own)
         name = "plain"
@@ -65,3 +66,18 @@ def chat_template(tokenizer: Tokenizer, name: str = "auto") -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"model.chat_template: {path} cannot be read: {error}") from None
+
+
+def _by_tools(named: Mapping[str, str]) -> str | None:
+    """Return the template called default, which gives way to `tool_use` where there are tools.
+
+    transformers chooses so at each call; as one template the choice is the same everywhere. The
+    empty expressions keep white space beside the choice from being trimmed.
+    """
+    plain, tools = named.get("default"), named.get("tool_use")
+    if not plain or not tools or plain == tools:
+        return plain
+    # of a whole template one newline at the end does not count
+    tools, plain = tools.removesuffix("\n"), plain.removesuffix("\n")
+    nothing = "{{ '' }}"
+    return nothing.join(["{% if tools %}", tools, "{% else %}", plain, "{% endif %}"])

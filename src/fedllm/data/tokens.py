@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,14 @@ class TokenSet:
         """Return views of one row's tokens and of which of them are supervised."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.supervised[part]
+
+
+def decoded(
+    tokens: npt.NDArray[np.int32], learned: npt.NDArray[np.bool_], tokenizer: Any
+) -> tuple[tuple[str, bool], ...]:
+    """Return a row as text, stretch by stretch, and whether each is supervised."""
+    runs = groupby(range(len(tokens)), key=lambda i: bool(learned[i]))
+    return tuple((str(tokenizer.decode(tokens[list(run)].tolist())), is_it) for is_it, run in runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from fedllm.data.selftest import check_prompts
 from fedllm.data.sources import read_source
 from fedllm.data.tasks import common_task, wanted_of
 from fedllm.data.template import Tokenizer
-from fedllm.data.tokens import Encoded
+from fedllm.data.tokens import Encoded, decoded
 from fedllm.data.writer import Kind, Writer
 from fedllm.errors import DataError
 
@@ -209,10 +208,7 @@ class _Judge:
         middle = sorted(self.candidates, key=lambda c: c[0])[len(self.candidates) // 2]
         _, made, place = middle
         part = slice(int(made.offsets[place]), int(made.offsets[place + 1]))
-        tokens, learned = made.tokens[part].tolist(), made.supervised[part].tolist()
-        decode = self.writer.tokenizer.decode
-        runs = groupby(range(len(tokens)), key=lambda i: bool(learned[i]))
-        return tuple((str(decode([tokens[i] for i in run])), is_on) for is_on, run in runs)
+        return decoded(made.tokens[part], made.supervised[part], self.writer.tokenizer)
 
 
 def _short(row: Row) -> RowVerdict:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fedllm.adapters import Adapter
-from fedllm.adapters.native_format import CONFIG_FILE, load_native
-from fedllm.adapters.peft_format import load_peft
+from fedllm.adapters.reading import load_adapter
 from fedllm.engine.assembly import Sources, assembled
 from fedllm.engine.buffers import Buffer, head_tensors
 from fedllm.engine.lora import Active, ClientHead, LoRALinear, Slot
@@ -27,7 +26,8 @@ def attach(model: Any, adapter: Adapter | str | Path) -> Any:
 
     Args:
         model: A transformers model that the adapter belongs to; changed in place.
-        adapter: The adapter, or a folder in fedllm's own layout or in PEFT's, written by fedllm.
+        adapter: The adapter, or a folder in fedllm's own layout or in PEFT's, of any
+            writer.
 
     Returns:
         The same model.
@@ -35,7 +35,7 @@ def attach(model: Any, adapter: Adapter | str | Path) -> Any:
     Raises:
         ModelError: If the folder holds no adapter, or the model lacks one of its layers.
     """
-    adapter = adapter if isinstance(adapter, Adapter) else _read(Path(adapter))
+    adapter = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
     slot, shapes = Slot(), {}
     for index, layer in enumerate(adapter.layers):
         base = _submodule(model, layer)
@@ -56,10 +56,6 @@ def attach(model: Any, adapter: Adapter | str | Path) -> Any:
         is_everything=True,
     )
     return model
-
-
-def _read(folder: Path) -> Adapter:
-    return load_native(folder) if (folder / CONFIG_FILE).is_file() else load_peft(folder)
 
 
 def _submodule(model: Any, name: str) -> torch.nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from fedllm.config import Config
 from fedllm.data import Dataset, HeterogeneityReport, Partition, heterogeneity
+from fedllm.data.tokens import decoded
 from fedllm.experiment import estimate
 from fedllm.experiment.estimate import Duration, Memory
 from fedllm.experiment.parts import build, check_length, load_data, plan_of, ranks_of
@@ -36,7 +36,9 @@ class Example:
     """Decoded text, and whether its tokens are supervised."""
     num_tokens: int
     label: str | None
-    """Name of its class, if it has one."""
+    """Name of its class, or whether its answer is wanted, if it has one."""
+    worse: tuple[tuple[str, bool], ...] = ()
+    """Of a pair: the same row with the worse answer."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,11 @@ def _example(dataset: Dataset, tokenizer: Any) -> Example:
     """Decode the first row of ordinary length."""
     lengths = dataset.train.lengths
     row = int(np.argmin(np.abs(lengths - np.median(lengths))))
-    tokens, supervised = dataset.train.row(row)
-    pieces = []
-    for is_supervised, run in groupby(range(len(tokens)), key=lambda i: bool(supervised[i])):
-        pieces.append((str(tokenizer.decode(tokens[list(run)].tolist())), is_supervised))
-    labels = dataset.train.labels
-    label = None if labels is None else dataset.label_names[int(labels[row])]
-    return Example(row, tuple(pieces), len(tokens), label)
+    train, label = dataset.train, None
+    if train.labels is not None:
+        label = dataset.label_names[int(train.labels[row])]
+    elif train.desirable is not None:
+        label = "wanted" if train.desirable[row] else "unwanted"
+    worse = () if train.rejected is None else decoded(*train.rejected.row(row), tokenizer)
+    pieces = decoded(*train.row(row), tokenizer)
+    return Example(row, pieces, int(lengths[row]), label, worse)

@@ -48,6 +48,7 @@ def check_config(tree: Mapping[str, Any], source: str | None = None) -> Config:
     """
     if is_central(tree):
         told = "stage: marks a run of central fine-tuning; carry it out with: fedllm train"
+        told += f" {source}" if source is not None else ""
         raise ConfigError([told], source)
     config, problems = validate(tree)
     problems += _algorithm_problems(tree)

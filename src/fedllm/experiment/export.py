@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedllm.adapters.native_format import CONFIG_FILE
+from fedllm.adapters.reading import is_native
 from fedllm.errors import FedLLMError, RunError
 from fedllm.experiment.sources import Source, source_of
 from fedllm.experiment.verification import verify
@@ -200,7 +200,7 @@ def _described(
         auto_class="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
         num_labels=0 if causal else int(source.loaded.model.config.num_labels or 0),
         form=wish.form,
-        is_native=any(file.name == CONFIG_FILE for file in files),
+        is_native=is_native(folder),
         notes=notes,
         verified=verified,
     )

@@ -22,7 +22,14 @@ from fedllm.experiment.execution import close_executor
 from fedllm.experiment.outputs import personal_clients, write_adapter
 from fedllm.experiment.parts import Parts, build
 from fedllm.federation import Codec, Update
-from fedllm.results import RunDir, latest_checkpoint, load_checkpoint, save_checkpoint
+from fedllm.results import (
+    RunDir,
+    is_central_run,
+    latest_checkpoint,
+    load_checkpoint,
+    resume_command,
+    save_checkpoint,
+)
 from fedllm.simulation import STATE_TYPES, Round
 
 CODEC = Codec(*STATE_TYPES)
@@ -72,6 +79,8 @@ def resume(path: Path, watch: Watch) -> RunDir:
         RunError: If there is no run at `path`, or another process works on it.
     """
     directory = RunDir.open(path)
+    if is_central_run(path):
+        raise RunError(f"{path} is a central run. Continue it with: {resume_command(path)}")
     directory.lock()
     config = load_config(path / "config.yaml")
     with directory, _logging_to(directory):

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedllm.adapters.reading import origin_of
 from fedllm.errors import FedLLMError
 from fedllm.experiment.evaluate import check_client
 from fedllm.experiment.outputs import view_of, write_adapter
 from fedllm.experiment.run import restored
 from fedllm.experiment.trained import Trained
-from fedllm.results import find_artifact, merge_into, origin_of
+from fedllm.results import find_artifact, merge_into
 
 if TYPE_CHECKING:
     from fedllm.experiment.parts import Parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_FILE
+from fedllm.adapters.reading import is_native
 from fedllm.config import DataConfig, EvaluationConfig, TrainingConfig
 from fedllm.data import Dataset, Partition, load_dataset
 from fedllm.errors import DataError, FedLLMError, ModelError, RunError
-from fedllm.evaluation import Evaluator
+from fedllm.evaluation import BY_TASK, METRICS, Evaluator
 from fedllm.experiment.evaluate import Evaluated
 from fedllm.experiment.parts import check_length
 from fedllm.experiment.trained import Trained
@@ -32,7 +32,7 @@ def evaluate_alone(
     trained: Trained,
     data: str | None,
     *,
-    metrics: EvaluationConfig,
+    metrics: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluated:
@@ -41,18 +41,14 @@ def evaluate_alone(
     Args:
         trained: What is evaluated.
         data: A file (all rows), or what `data.path` may be (its test split); None: the run's own.
-        metrics: Which metrics, and how answers are generated.
+        metrics: Which metrics; None: those of the central run, or those that fit the rows.
         say: Told what is being done.
         progress: Called with the number of answers generated so far.
 
     Raises:
         FedLLMError: If no data is given, or something does not fit.
     """
-    if trained.adapter is not None and (trained.adapter / NATIVE_FILE).is_file():
-        raise ModelError(
-            f"{trained.artifact.path} is an adapter in fedllm's own layout; evaluate the run that"
-            " it comes from"
-        )
+    _check(trained)
     config = _data(trained, data)
     say("loading the model")
     loaded = trained.whole() if trained.kind == "causal-lm" else None
@@ -62,12 +58,45 @@ def evaluate_alone(
     if loaded is None:
         _check_labels(trained, dataset)
         loaded = replace(trained, label_names=dataset.label_names).whole()
-    evaluator, start = _evaluator(loaded, dataset, metrics)
+    measured = _measured(trained, data, metrics, dataset.task)
+    evaluator, start = _evaluator(loaded, dataset, measured)
     say("evaluating")
     views = _Fixed(start)
     found = evaluator.evaluate(views, MemoryStore(), ("global",), sample=False, progress=progress)
     record = {name: part for name, part in found.record.items() if name != "clients"}
     return Evaluated(None, len(dataset.test), evaluator.names, replace(found, record=record))
+
+
+def _check(trained: Trained) -> None:
+    """Refuse what cannot be evaluated on rows."""
+    if trained.adapter is not None and is_native(trained.adapter):
+        raise ModelError(
+            f"{trained.artifact.path} is an adapter in fedllm's own layout; evaluate the run that"
+            " it comes from"
+        )
+    if trained.artifact.config.get("stage") == "rm":
+        raise FedLLMError(
+            f"{trained.artifact.path} is a reward model: it compares answers and gives none. How"
+            f" well it does so on its test pairs: fedllm show {trained.artifact.path}"
+        )
+
+
+def _measured(
+    trained: Trained, data: str | None, names: Sequence[str] | None, task: str
+) -> EvaluationConfig:
+    """Return what is measured: on its own rows, as a central run was told to."""
+    own = trained.artifact.config.get("evaluation") or {}
+    kept = {key: own[key] for key in ("max_new_tokens", "batch_size") if key in own}
+    chosen = names or (own.get("metrics", "auto") if data is None else "auto")
+    of_base = [name for name, metric in METRICS.items() if metric.needs == "preferences"]
+    if asked := sorted({*(names or ())} & {*of_base}):
+        raise FedLLMError(
+            f"--metrics {asked[0]} compares a model with the base it comes from, and here is one"
+            " model alone. A run has that figure: fedllm show RUN"
+        )
+    every = BY_TASK[task] if chosen == "auto" else chosen
+    fit = [name for name in every if name not in of_base]
+    return EvaluationConfig.model_validate({**kept, "metrics": fit or ["loss"]})
 
 
 @dataclass(frozen=True)
@@ -110,10 +139,10 @@ def _positions(trained: Trained) -> int:
 
 def _tokenizer(trained: Trained) -> Any:
     from fedllm.models import load_tokenizer
+    from fedllm.models.tokenizer import tokenizer_in
 
-    own = trained.artifact.tokenizer
-    update = {"path": str(own)} if own is not None else {}
-    return load_tokenizer(trained.artifact.model.model_copy(update=update))
+    own, model = trained.artifact.tokenizer, trained.artifact.model
+    return load_tokenizer(model) if own is None else tokenizer_in(own, model)
 
 
 def _check_labels(trained: Trained, dataset: Dataset) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_FILE
+from fedllm.adapters.reading import is_native, origin_of
 from fedllm.errors import FedLLMError
-from fedllm.results import Artifact, find_artifact, origin_of
+from fedllm.results import Artifact, find_artifact
 from fedllm.seeding import derive
 
 if TYPE_CHECKING:
+    from fedllm.config import ModelConfig
     from fedllm.models import Kind, LoadedModel
 
 
@@ -30,11 +31,6 @@ class Trained:
     def kind(self) -> Kind:
         """What the model does."""
         return "sequence-classification" if self.artifact.is_classifier else "causal-lm"
-
-    @property
-    def recorded_hash(self) -> str | None:
-        """The hash of the base weights that the adapter was trained on, if it says so."""
-        return None if self.adapter is None else origin_of(self.adapter).get("base_hash")
 
     def base(self, **changes: Any) -> LoadedModel:
         """Load the base, without quantisation, on its device or as `changes` say.
@@ -77,19 +73,8 @@ class Trained:
         Raises:
             ModelError: If its hash differs from the recorded one.
         """
-        from fedllm.models import base_hash, load_model
-        from fedllm.results.export_verify import check_base
-
-        config, recorded = self.artifact.model, self.recorded_hash
-        if recorded is None or base_hash(loaded.model, loaded.kind) == recorded:
-            return
-        if config.quantization != "none":
-            # the hash is that of the packed weights, so they are packed again
-            model = load_model(config, kind=self.kind, num_labels=self._num_labels()).model
-        else:
-            # from fp32 every format that the training may have held can be had exactly
-            model = self.base(dtype="float32", device="cpu").model
-        check_base(model, loaded.kind, recorded, loaded.source)
+        if self.adapter is not None:
+            require_base(self.adapter, self.artifact.model, loaded, self._num_labels())
 
     def tokenizer(self, loaded: LoadedModel) -> Any:
         """Return the tokenizer that lies beside the adapter, else the base's."""
@@ -105,7 +90,7 @@ class Trained:
 
         if self.adapter is None:
             return model
-        if (self.adapter / NATIVE_FILE).is_file():
+        if is_native(self.adapter):
             from fedllm.engine import attach
 
             return attach(model, self.adapter)
@@ -116,7 +101,41 @@ class Trained:
 
         if self.label_names or self.adapter is None or self.kind == "causal-lm":
             return len(self.label_names)
-        return 0 if (self.adapter / NATIVE_FILE).is_file() else num_labels_of(self.adapter)
+        return 0 if is_native(self.adapter) else num_labels_of(self.adapter)
+
+
+def require_base(
+    adapter: Path, config: ModelConfig, loaded: LoadedModel, num_labels: int = 0
+) -> None:
+    """Refuse a base that is not the one an adapter was trained on, however it is held now.
+
+    Args:
+        adapter: Its folder; one that records no hash goes with every base.
+        config: Where the base comes from.
+        loaded: The base.
+        num_labels: Classes of a classifier.
+
+    Raises:
+        ModelError: If its hash differs from the recorded one.
+    """
+    from fedllm.models import load_model
+    from fedllm.results.export_verify import check_base
+
+    origin = origin_of(adapter)
+    recorded, held = origin.get("base_hash"), origin.get("base_quantization", config.quantization)
+    if recorded is None or loaded.base_hash == recorded:
+        return
+    # packed weights are packed again; from fp32 every format of others can be had exactly
+    dtypes = ["float32"] if held == "none" else [config.dtype, "bfloat16", "float16", "float32"]
+    for dtype in dict.fromkeys(dtypes):
+        update = {"quantization": held, "dtype": dtype}
+        update |= {"device": "cpu"} if held == "none" else {}
+        again = load_model(
+            config.model_copy(update=update), kind=loaded.kind, num_labels=num_labels
+        )
+        if again.base_hash == recorded:
+            return
+    check_base(again.model, loaded.kind, recorded, loaded.source)
 
 
 def open_trained(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_FILE
+from fedllm.adapters.reading import is_native
 from fedllm.config import ModelConfig
 from fedllm.errors import ModelError
 from fedllm.experiment.sources import Source
@@ -37,7 +37,7 @@ def verify(source: Source, folder: Path, form: str, dtype: str) -> Verified:
     from fedllm.results.export_verify import check_changed, compare, logits_of
 
     adapter = source.trained.adapter
-    if adapter is not None and (adapter / NATIVE_FILE).is_file():
+    if adapter is not None and is_native(adapter):
         raise ModelError(
             "--verify compares with PEFT, which has no layout for this algorithm's adapter (see"
             " `fedllm.attach`). Export it without --verify"

@@ -75,7 +75,10 @@ def read_architecture(
         names = list(label_names) or _default_names(found, num_labels)
         found.id2label = dict(enumerate(names))
         found.label2id = {name: index for index, name in enumerate(names)}
-        found.problem_type = "single_label_classification"
+        found.problem_type = (
+            # one label is a score: transformers refuses to call that a choice
+            "single_label_classification" if len(names) > 1 else "regression"
+        )
     return found
 
 

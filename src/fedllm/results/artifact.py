@@ -14,9 +14,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_FILE
 from fedllm.adapters.peft_check import CONFIG_FILE as PEFT_FILE
-from fedllm.adapters.peft_format import ORIGIN_FILE
+from fedllm.adapters.reading import is_adapter, origin_of, settings_of
 from fedllm.config import ModelConfig
 from fedllm.errors import ModelError, RunError
 from fedllm.results.checkpoint import latest_checkpoint
@@ -46,9 +45,8 @@ class Artifact:
     def is_classifier(self) -> bool:
         """Whether it tells classes rather than writes text."""
         if self.adapter is not None:
-            tree = _json(_adapter_file(self.adapter))
-            return tree.get("task_type") == "SEQ_CLS"
-        names = _json(Path(self.model.path) / "config.json").get("architectures") or [""]
+            return settings_of(self.adapter).get("task_type") == "SEQ_CLS"
+        names = _architectures(Path(self.model.path) / "config.json")
         return str(names[0]).endswith("ForSequenceClassification")
 
     @property
@@ -74,13 +72,6 @@ class Artifact:
         return self.clients[client]
 
 
-def origin_of(adapter: Path) -> Mapping[str, str]:
-    """Return where an adapter comes from, as fedllm recorded it; empty for others' adapters."""
-    if (adapter / NATIVE_FILE).is_file():
-        return dict(_json(adapter / NATIVE_FILE).get("metadata") or {})
-    return dict(_json(adapter / ORIGIN_FILE)) if (adapter / ORIGIN_FILE).is_file() else {}
-
-
 def find_artifact(path: str | Path, base: str | None = None) -> Artifact:
     """Tell what is at a path.
 
@@ -95,14 +86,8 @@ def find_artifact(path: str | Path, base: str | None = None) -> Artifact:
     folder = Path(path).expanduser()
     if (folder / CONFIG_FILE).is_file():
         return _run(folder, base)
-    if (folder / PEFT_FILE).is_file() or (folder / NATIVE_FILE).is_file():
-        named = _json(_adapter_file(folder))
-        own = base or named.get("base_model_name_or_path") or named.get("base_model")
-        if not own:
-            raise ModelError(f"{folder} does not name its base model; give it with --base MODEL")
-        held = origin_of(folder).get("base_quantization", "none")
-        model = ModelConfig.model_validate({"path": str(own), "quantization": held})
-        return Artifact(folder, "adapter", model, folder)
+    if is_adapter(folder):
+        return Artifact(folder, "adapter", _base_of(folder, base), folder)
     if base is not None:
         raise ModelError(f"--base is for adapters, and '{path}' holds no adapter; leave it out")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -118,10 +103,7 @@ def _run(folder: Path, base: str | None) -> Artifact:
     if base is not None:
         raise RunError(f"{folder} is a run, which names its base model itself; leave --base out")
     tree = _configuration(folder / CONFIG_FILE)
-    try:
-        model = ModelConfig.model_validate(tree.get("model") or {})
-    except ValidationError as error:
-        raise RunError(f"{folder / CONFIG_FILE}: model: {error.errors()[0]['msg']}") from None
+    model = _model_of(folder, tree)
     if "stage" in tree:
         return _central(folder, model, tree)
     run = RunDir.open(folder)
@@ -134,14 +116,43 @@ def _run(folder: Path, base: str | None) -> Artifact:
     return Artifact(folder, "federated", model, checkpoint / "adapter", own, tree)
 
 
+def _base_of(folder: Path, base: str | None) -> ModelConfig:
+    """Return how an adapter's base is loaded: as the run says that it lies in, or as it says."""
+    place = folder.resolve()
+    run = next((p for p in place.parents[:5] if (p / CONFIG_FILE).is_file()), None)
+    if (
+        base is None
+        and run is not None
+        and {"adapter", "clients"} & {*place.relative_to(run).parts}
+    ):
+        return _model_of(run, _configuration(run / CONFIG_FILE))
+    named = settings_of(folder)
+    own = base or named.get("base_model_name_or_path") or named.get("base_model")
+    if not own:
+        raise ModelError(
+            f"{folder} does not name its base model. Write its folder or hub id as"
+            f" base_model_name_or_path into {PEFT_FILE}, or give it to eval and export with"
+            " --base MODEL"
+        )
+    held = origin_of(folder).get("base_quantization", "none")
+    return ModelConfig.model_validate({"path": str(own), "quantization": held})
+
+
+def _model_of(folder: Path, tree: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(tree.get("model") or {})
+    except ValidationError as error:
+        raise RunError(f"{folder / CONFIG_FILE}: model: {error.errors()[0]['msg']}") from None
+
+
 def _central(folder: Path, model: ModelConfig, tree: Mapping[str, Any]) -> Artifact:
-    if (folder / "adapter").is_dir():
+    if is_adapter(folder / "adapter"):
         return Artifact(folder, "central", model, folder / "adapter", config=tree)
     if (folder / "model").is_dir():
         whole = {"path": str(folder / "model"), "revision": None, "quantization": "none"}
         return Artifact(folder, "central", model.model_copy(update=whole), config=tree)
     raise RunError(
-        f"{folder} has neither adapter/ nor model/, so its training is not done; finish it with:"
+        f"{folder} has neither adapter/ nor model/, so its training has not ended; finish it with:"
         f" fedllm train --resume {folder}"
     )
 
@@ -154,13 +165,9 @@ def _configuration(file: Path) -> Mapping[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _adapter_file(folder: Path) -> Path:
-    return folder / (NATIVE_FILE if (folder / NATIVE_FILE).is_file() else PEFT_FILE)
-
-
-def _json(file: Path) -> dict[str, Any]:
+def _architectures(file: Path) -> list[str]:
+    """Return the classes that a model's file names; whoever loads it says what is wrong."""
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # whoever loads it says what is wrong
-    return tree if isinstance(tree, dict) else {}
+        return list(json.loads(file.read_text(encoding="utf-8"))["architectures"]) or [""]
+    except (OSError, ValueError, LookupError, TypeError):
+        return [""]

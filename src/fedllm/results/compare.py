@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.config import read
+from fedllm.config import is_central, read
 from fedllm.errors import RunError, did_you_mean
+from fedllm.results.compare_labels import in_common, names
 from fedllm.results.history import History, is_better
 from fedllm.results.run_dir import CONFIG_FILE, RunDir
 
@@ -139,42 +140,15 @@ def compare(
     members: dict[str, list[int]] = {}
     for place, own in enumerate(flat):
         members.setdefault(repr([own.get(key) for key in told]), []).append(place)
-    found = [{key: flat[places[0]].get(key) for key in told} for places in members.values()]
+    firsts = [flat[places[0]] for places in members.values()]
+    shown = in_common(firsts, told)
+    found = [{key: own.get(key) for key in shown} for own in firsts]
     groups = []
-    for places, settings, label in zip(members.values(), found, _labels(found), strict=True):
+    for places, settings, label in zip(members.values(), found, names(firsts, found), strict=True):
         chosen = [runs[place] for place in places]
         figures = _figures(chosen, target)
         groups.append(Group(label or chosen[0].path.name, chosen, settings, figures))
     return groups
-
-
-def _labels(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a short label for each group's settings; where two are equal, what tells them apart.
-
-    >>> _labels([{"s.name": "async", "s.alpha": a} for a in (1, 2)] + [{"s.name": "sync"}])
-    ['async, alpha 1', 'async, alpha 2', 'sync']
-    """
-    short = [_label(settings) for settings in found]
-    labels = []
-    for settings, label in zip(found, short, strict=True):
-        alike = [own for own, other in zip(found, short, strict=True) if other == label]
-        apart = [key for key in settings if len({repr(own.get(key)) for own in alike}) > 1]
-        words = [f"{key.rpartition('.')[2]} {settings[key]}" for key in apart]
-        labels.append(", ".join(filter(None, [label, *words])))
-    return labels
-
-
-def _label(settings: Mapping[str, Any]) -> str:
-    """Return what tells a group from others; where forms differ, the rest of a form is left out."""
-    named = {key.rpartition(".")[0] for key in settings if key.endswith((".name", ".kind"))}
-    words = []
-    for key, value in settings.items():
-        section, _, own = key.rpartition(".")
-        if own in ("name", "kind"):
-            words.append(str(value))
-        elif section not in named:
-            words.append(f"{own} {value}")
-    return ", ".join(words)
 
 
 def _figures(runs: Sequence[Course], target: float | None) -> dict[str, Spread | None]:
@@ -235,9 +209,10 @@ def _course(path: Path, history: History, metric: str, view: str) -> Course:
     }
     values = dict(zip(series.rounds, series.values, strict=True))
     config = read(path / CONFIG_FILE)
-    # a central run plans as it goes, and says so in its records
-    last = history.records[-1] if history.records else {}
-    planned = last["rounds_planned"] if "rounds_planned" in last else config["federation"]["rounds"]
+    if is_central(config):
+        planned = max((int(record["rounds_planned"]) for record in history.records), default=1)
+    else:
+        planned = config["federation"]["rounds"]
     is_finished = history.last_round >= planned or any(r.get("ended") for r in history.records)
     return Course(path, config, metric, view, values, costs, is_finished)
 

@@ -68,8 +68,9 @@ def check_base(model: Any, kind: Kind, recorded: str | None, source: str) -> Non
             return
     raise ModelError(
         f"'{source}' is not the base model that the adapter was trained on: its weights have"
-        f" another hash than the recorded {recorded[:12]}.... Give that model (with --base MODEL,"
-        " or put it where the adapter names it); merged into another, the adapter means nothing"
+        f" another hash than the recorded {recorded[:12]}.... Give that model (put"
+        " it where the adapter names it; eval and export take --base MODEL, too); on another one"
+        " the adapter means nothing"
     )
 
 

@@ -29,6 +29,20 @@ RecordFile = Literal["metrics", "events", "ledger", "timing", "trainer_log"]
 CONFIG_FILE = "config.yaml"
 
 
+def is_central_run(path: Path) -> bool:
+    """Tell a central run from a federated one by its configuration, be it damaged elsewhere."""
+    try:
+        lines = (path / CONFIG_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(line.startswith("stage:") for line in lines)
+
+
+def resume_command(path: Path) -> str:
+    """Return the command that continues a run, federated or central."""
+    return f"fedllm {'train' if is_central_run(path) else 'run'} --resume {path}"
+
+
 class RunDir:
     """A run directory, made by `create` or found by `open`.
 
@@ -50,7 +64,7 @@ class RunDir:
         if path.exists():
             raise RunError(
                 f"{path} exists, and a run is never overwritten. Choose another name=..., or"
-                f" continue that run with: fedllm run --resume {path}"
+                f" continue that run with: {resume_command(path)}"
             )
         described = json.dumps(environment(), indent=2)
         with explained(path, "Nothing was written."), atomic_folder(path) as folder:
@@ -70,8 +84,8 @@ class RunDir:
         if not (path / CONFIG_FILE).is_file():
             state = f"it has no {CONFIG_FILE}" if path.exists() else "there is no such folder"
             raise RunError(
-                f"{path} is not a run directory: {state}. Give the folder that `fedllm run` made,"
-                " such as runs/demo"
+                f"{path} is not a run directory: {state}. Give the folder that `fedllm run` or"
+                " `fedllm train` made, such as runs/demo"
             )
         return cls(path)
 
@@ -142,7 +156,7 @@ class RunDir:
             except ValueError as error:
                 raise RunError(
                     f"{path}, line {number}: not JSON ({error}). If the run was cut off by a power"
-                    f" failure, `fedllm run --resume {self.path}` goes back to its last checkpoint"
+                    f" failure, `{resume_command(self.path)}` goes back to its last checkpoint"
                 ) from None
         return records
 
@@ -199,5 +213,5 @@ class RunDir:
     def _safe(self) -> str:
         return (
             "Everything up to the last checkpoint is safe; then continue with:"
-            f" fedllm run --resume {self.path}"
+            f" {resume_command(self.path)}"
         )

@@ -65,6 +65,8 @@ class Overview:
     """Why the run ended before its last round, if it did."""
     privacy: Mapping[str, Any] | None
     """What may be claimed after the last round, if privacy was asked for."""
+    steps: int | None = None
+    """Optimiser steps of a central run, whose rounds are its evaluations; None for others."""
 
     @property
     def is_finished(self) -> bool:
@@ -142,6 +144,7 @@ def _central_overview(run: RunDir, tree: Mapping[str, Any]) -> Overview:
         outcomes={},
         ended=next((r["ended"] for r in reversed(records) if r.get("ended")), ""),
         privacy=None,
+        steps=int(records[-1]["step"]) if records else 0,
     )
 
 

@@ -2,79 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fedllm.adapters import Adapter, Routing, is_a, is_b, is_router, module_of, name_a, name_b
-from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_CONFIG
-from fedllm.adapters.native_format import load_native
-from fedllm.adapters.peft_check import CONFIG_FILE, TENSORS_FILE
-from fedllm.adapters.peft_format import ORIGIN_FILE
+from fedllm.adapters.reading import load_adapter
 from fedllm.engine import Resident
 from fedllm.engine.assembly import Sources, assembled
 from fedllm.engine.buffers import Buffer
 from fedllm.engine.lora import Active
 from fedllm.errors import ModelError
 
-_PREFIX, _SUFFIX = "base_model.model.", ".weight"
-_FOREIGN = (
-    "use_dora",
-    "lora_bias",
-    "layer_replication",
-    "modules_to_save",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "target_parameters",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-"""Settings of PEFT under which an adapter is more than scaling * B A on linear layers."""
-
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read a LoRA that PEFT, TRL or fedllm wrote, or an adapter in fedllm's own layout.
+    """Read an adapter of any writer.
 
     Raises:
-        ModelError: If the folder holds none, a damaged one, or one that is no plain LoRA.
+        ModelError: If the folder holds none, a damaged one, or one that cannot share a batch with
+            others.
     """
-    if (folder / NATIVE_CONFIG).is_file():
-        return _finite(load_native(folder), folder)
-    config, stored = _files(folder)
-    foreign = [key for key in _FOREIGN if config.get(key)]
-    if config.get("peft_type") != "LORA" or foreign or config.get("bias", "none") != "none":
-        what = foreign[0] if foreign else f"{config.get('peft_type')} bias={config.get('bias')}"
+    adapter = load_adapter(folder)
+    if adapter.heads:
         raise ModelError(
-            f"{folder} is no plain LoRA ({what}), so it cannot share a batch with others. Merge it"
-            " into its base (fedllm export --merged) and serve the merged folder"
+            f"{folder} has '{adapter.heads[0]}' trained in full, so it cannot share a batch with"
+            f" others. Merge it: fedllm export {folder} --to MERGED --merged; then serve MERGED"
         )
-    tensors = {_our_name(name): tensor.float() for name, tensor in stored.items()}
-    strange = sorted(name for name in tensors if not (is_a(name) or is_b(name)))
-    if strange:
-        raise ModelError(f"{folder / TENSORS_FILE} holds '{strange[0]}', which is no LoRA factor")
-    adapter = Adapter(tensors)
-    for module in adapter.modules:
-        if name_a(module) not in adapter or name_b(module) not in adapter:
-            raise ModelError(f"{folder / TENSORS_FILE} has only one factor for {module}")
-    return _finite(replace(adapter, scaling=_scaling(config, adapter)), folder)
-
-
-def recorded_base(folder: Path) -> str | None:
-    """Return the fingerprint of the base that an adapter was trained on, if it is recorded."""
-    for name in (ORIGIN_FILE, NATIVE_CONFIG):
-        if (folder / name).is_file():
-            tree = json.loads((folder / name).read_text(encoding="utf-8"))
-            found = tree.get("metadata", tree).get("base_hash")
-            return None if found is None else str(found)
-    return None
+    return adapter
 
 
 def together(adapters: Mapping[str, Adapter]) -> list[Adapter]:
@@ -125,44 +81,6 @@ def check_shapes(
                 f" and {a.shape[0]}, and {model} has a layer of ({rows}, {columns}) there. Serve it"
                 " on the base it was trained on"
             )
-
-
-def _files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors.torch import load_file
-
-    if not (folder / TENSORS_FILE).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        why = "has its weights only as a pickle, which may run code" if pickled else "is incomplete"
-        raise ModelError(f"{folder} {why}: {TENSORS_FILE} is missing. Save it with safetensors")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        return config, load_file(folder / TENSORS_FILE)
-    except Exception as error:
-        # safetensors raises its own class, which is no public name, for a damaged file
-        raise ModelError(f"{folder} cannot be read: {error}. Fetch the adapter again") from None
-
-
-def _our_name(stored: str) -> str:
-    return stored.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-
-
-def _scaling(config: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
-    """Return alpha / r of every module, as PEFT finds it."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    found = {}
-    for module in adapter.modules:
-        match = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", module)), None)
-        alpha = float(config["lora_alpha"] if match is None else patterns[match])
-        rank = adapter.rank_of(module)
-        found[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return found
-
-
-def _finite(adapter: Adapter, folder: Path) -> Adapter:
-    for name, tensor in adapter.tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{folder}: {name} holds values that are not finite. Train it again")
-    return adapter
 
 
 def _filled(adapter: Adapter, shapes: Mapping[str, torch.Size], routing: Routing | None) -> Adapter:

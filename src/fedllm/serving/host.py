@@ -16,13 +16,14 @@ from fedllm.data.rows import Message
 from fedllm.data.template import chat_template
 from fedllm.engine import Resident
 from fedllm.errors import DataError, ModelError, unknown
-from fedllm.models import LoadedModel, load_model, load_tokenizer, position_limit
+from fedllm.experiment.trained import require_base
+from fedllm.models import LoadedModel, load_model, position_limit
+from fedllm.models.tokenizer import tokenizer_in
 from fedllm.seeding import rng
 from fedllm.serving.adapters import (
     activate,
     check_shapes,
     read_adapter,
-    recorded_base,
     together,
 )
 from fedllm.serving.batch import Batch
@@ -35,7 +36,6 @@ from fedllm.serving.writing import Writer
 
 _MEMORY_SHARE = 0.5
 """Of the memory that is free once the model is loaded, how much keys and values may take."""
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ class Host:
         resident, active = _resident(loaded, source, adapters)
         tokenizer: Any = loaded.tokenizer
         if source.tokenizer is not None:
-            words = source.model.model_copy(update={"path": str(source.tokenizer)})
-            tokenizer = load_tokenizer(words)
+            tokenizer = tokenizer_in(source.tokenizer, source.model)
         self.tokenizer = tokenizer
         self.renderer = make_renderer(
             tokenizer, chat_template(tokenizer, source.model.chat_template)
@@ -226,21 +225,11 @@ def _check_bases(source: Source, loaded: LoadedModel) -> None:
     Raises:
         ModelError: Naming the adapter.
     """
-    recorded = {name: recorded_base(path) for name, path in source.adapters.items()}
-    wanted = {name: found for name, found in recorded.items() if found is not None}
-    known = {loaded.base_hash} if wanted else set()
-    if set(wanted.values()) - known:  # the fingerprint is of the weights in the dtype of the run
-        for dtype in _DTYPES:
-            changes = {"dtype": dtype, "device": "cpu"}
-            other = load_model(source.model.model_copy(update=changes), kind="causal-lm")
-            known.add(other.base_hash)
-    for name, found in wanted.items():
-        if found not in known:
-            raise ModelError(
-                f"adapter '{name}' was trained on other weights than those of {source.model.path}:"
-                f" it records base {found[:12]}, and this one is {loaded.base_hash[:12]}. Give the"
-                " base model that the run used"
-            )
+    for name, folder in source.adapters.items():
+        try:
+            require_base(folder, source.model, loaded)
+        except ModelError as error:
+            raise ModelError(f"adapter '{name}': {error}") from None
 
 
 def _turn_ends(renderer: Renderer, tokenizer: Any) -> list[int]:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from fedllm.adapters.native_format import CONFIG_FILE as NATIVE_CONFIG
 from fedllm.adapters.peft_check import CONFIG_FILE
+from fedllm.adapters.reading import is_native
 from fedllm.errors import FedLLMError, ModelError
 from fedllm.models.sources import locate
 from fedllm.serving.server import Address
@@ -80,7 +80,7 @@ def environment(address: Address) -> dict[str, str]:
 
 
 def _rank(name: str, folder: Path) -> int:
-    if (folder / NATIVE_CONFIG).is_file():
+    if is_native(folder):
         raise ModelError(f"adapter '{name}' is no LoRA, so vLLM cannot serve it; use our engine")
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
