@@ -23,7 +23,8 @@ from fedllm.config import Config
 from fedllm.experiment.run import resume, run
 from fedllm.results import plots
 from fedllm.seeding import rng
-from fedllm.simulation import Event, EventQueue
+from fedllm.simulation import EventQueue
+from fedllm.simulation.events import Entry
 
 POP = EventQueue.pop
 FILE_ACTS = {"open", "os.rename", "os.truncate", "os.mkdir", "os.remove", "os.rmdir"}
@@ -41,11 +42,11 @@ class Moments:
         if event in FILE_ACTS and self.prefix in os.fsdecode(str(arguments[0])):
             self.pass_by()
 
-    def pop(self, queue: EventQueue) -> Event:
+    def pop(self, queue: EventQueue) -> Entry:
         self.pass_by()
-        event = POP(queue)
-        self.events.setdefault(event.kind.name, []).append(self.seen)
-        return event
+        entry = POP(queue)
+        self.events.setdefault(entry[1].name, []).append(self.seen)
+        return entry
 
     def pass_by(self) -> None:
         self.seen += 1

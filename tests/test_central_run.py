@@ -33,7 +33,7 @@ from fedllm.central import stages as stages_module
 from fedllm.central.parts import build
 from fedllm.central.run import train
 from fedllm.config import CentralConfig
-from fedllm.errors import FedLLMError, MissingExtraError, RunError, TrainingError
+from fedllm.errors import FedLLMError, RunError, TrainingError
 from fedllm.experiment import make_config
 from fedllm.experiment.run import run as run_federation
 from fedllm.models.sources import locate
@@ -400,15 +400,22 @@ def test_training_ends_early_and_the_best_weights_are_kept(
     assert overview(run).is_finished
 
 
+@pytest.mark.parametrize(
+    ("tracker", "remedy"), [("wandb", r"fedllm\[track\]"), ("trackio", "pip install trackio")]
+)
 def test_a_missing_tracker_is_told_before_anything_is_loaded(
-    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tracker: str,
+    remedy: str,
 ) -> None:
-    config = central(tmp_path, data["answers"], "sft", "tracking=trackio")
+    config = central(tmp_path, data["answers"], "sft", f"tracking={tracker}")
     real = stages_module.importlib.util.find_spec
     monkeypatch.setattr(
-        stages_module.importlib.util, "find_spec", lambda n: None if n == "trackio" else real(n)
+        stages_module.importlib.util, "find_spec", lambda n: None if n == tracker else real(n)
     )
-    with pytest.raises(MissingExtraError, match=r"fedllm\[track\]"):
+    with pytest.raises(FedLLMError, match=remedy):
         train(config, Silent())
     assert not config.run_dir.exists()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
-from fedllm.data.render import FALLBACKS, chat_template
+from fedllm.data.template import FALLBACKS, FIXED, chat_template
 from fedllm.results.export_chat import Speech
 from fedllm.results.export_ollama import modelfile, pieces_of
 
@@ -87,7 +87,9 @@ def test_go_writes_what_jinja_writes(name: str) -> None:
         if talk[0][0] == "system" and "system" not in pieces.around:
             continue
         messages = [{"role": role, "content": content} for role, content in talk]
-        jinja = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        jinja = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **FIXED
+        )
         assert go(pieces.go(), talk) == jinja.removeprefix(tokenizer.bos_token or "")
 
 

@@ -112,11 +112,17 @@ def check_installed(config: CentralConfig) -> None:
         MissingExtraError: For the first that is missing.
     """
     needed = [("trl", "train", f"stage {config.stage}"), ("accelerate", "train", "training")]
-    if config.tracking != "none":
+    if config.tracking in ("tensorboard", "wandb"):
         needed.append((config.tracking, "track", f"tracking: {config.tracking}"))
     for package, extra, why in needed:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, extra, why)
+    if config.tracking == "trackio" and importlib.util.find_spec("trackio") is None:
+        # no extra brings it: its releases want an older huggingface-hub than transformers does
+        raise FedLLMError(
+            "tracking: trackio needs 'trackio', which is not installed. Run: pip install trackio,"
+            " or choose tensorboard or wandb"
+        )
     if config.training.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise FedLLMError(
             "training.deepspeed needs 'deepspeed', which is not installed. Run: pip install"

@@ -186,7 +186,8 @@ class CentralConfig(Section):
     evaluation: MeasuringConfig = MeasuringConfig()
     checkpoint: SavingConfig = SavingConfig()
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Where the course of training is shown besides the run directory (needs `fedllm[track]`)."""
+    """Where the course of training is shown besides the run directory: `tensorboard` and `wandb`
+    need `fedllm[track]`, `trackio` is installed by itself."""
 
     @field_validator("stage", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedllm.data.template import FIXED
 from fedllm.results.export_chat import Speech
 
 Talk = Sequence[tuple[str, str]]
@@ -106,7 +107,7 @@ def pieces_of(tokenizer: Any) -> Pieces | None:
                 messages,
                 tokenize=False,
                 add_generation_prompt=True,
-                date_string="26 Jul 2024",  # as in training
+                **FIXED,
             )
         )
         return text.removeprefix(tokenizer.bos_token or "")
