@@ -5,5 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("training", "startup", "passes", "aggregation", "kinds", "events", "lazy", "serving"):
+for name in (
+    "training",
+    "startup",
+    "passes",
+    "aggregation",
+    "kinds",
+    "events",
+    "lazy",
+    "central",
+    "serving",
+):
     subprocess.run([sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}"], check=True)

@@ -191,10 +191,13 @@ def main() -> None:
         first = {side: [1 / t.first_step_s for t in own] for side, own in timings.items()}
         pace = {side: [t.rows_per_s for t in own] for side, own in timings.items()}
         row = ratio(first["ours"], first["theirs"])
-        row |= {
-            key: round(1 / row[key], 2) for key in ("ours", "other")
-        }  # seconds, not their inverse
+        # shown as seconds, not as their inverse
+        row |= {key: round(1 / row[key], 2) for key in ("ours", "other")}
         found[f"time_to_first_step_vs_llamafactory{suffix}"] = row
         found[f"tokens_per_s_vs_llamafactory{suffix}"] = ratio(pace["ours"], pace["theirs"])
     write("central", found)
     show("fedllm train against LLaMA-Factory", found, GOALS)
+
+
+if __name__ == "__main__":
+    main()

@@ -236,7 +236,9 @@ def test_what_is_written_is_the_model_that_was_evaluated(
         with torch.no_grad():
             loss = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], labels=labels).loss
         total, count = total + float(loss) * learned.sum(), count + learned.sum()
-    assert total / count == pytest.approx(last["loss"], rel=2e-3)
+    # a run in bfloat16 was evaluated in it, and that has eight bits
+    is_rough = config.training.precision == "bfloat16"
+    assert total / count == pytest.approx(last["loss"], rel=1e-2 if is_rough else 2e-3)
 
 
 def test_a_trained_adapter_says_which_base_it_belongs_to(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedllm.central.answer_loss import AnswerLoss, fits
 from fedllm.central.arguments import arguments
 from fedllm.central.packed import PackCollator
 from fedllm.central.rewards import reward_function
@@ -54,7 +55,7 @@ def make_trainer(
     if test is not None:
         more["eval_dataset"] = test
     with quiet_trainer():
-        trainer = _watched(base)(
+        trainer = _watched(base, *((AnswerLoss,) if fits(config.stage, tuned.body) else ()))(
             model=tuned.model,
             args=settings(**arguments(config, tuned, folder)),
             train_dataset=train,
@@ -210,9 +211,9 @@ class _Watching:
         return loss
 
 
-def _watched(base: type) -> type:
-    """Return TRL's trainer with our watch over it."""
-    return type(f"Watched{base.__name__}", (_Watching, base), {})
+def _watched(base: type, *more: type) -> type:
+    """Return TRL's trainer with our watch over it, and what else is laid over it."""
+    return type(f"Watched{base.__name__}", (_Watching, *more, base), {})
 
 
 def _frozen_copy(model: Any) -> Any:
