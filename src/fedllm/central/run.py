@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from fedllm.central.checkpoints import complete_checkpoints, read_mark
@@ -19,6 +18,7 @@ from fedllm.errors import RunError
 from fedllm.models.starting import uncollected
 from fedllm.results import RunDir
 from fedllm.results.export import new_folder
+from fedllm.results.run_log import logging_to
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ def _carry_out(
         from fedllm.central.packed import check_packing
         from fedllm.central.trainers import make_trainer, quiet_trainer
 
-    with directory or nullcontext(), _logging_to(directory):
+    logged = nullcontext() if directory is None else logging_to(directory)
+    with directory or nullcontext(), logged:
         if parts.config.is_packed:
             check_packing(parts.tuned)
         folder = path / "checkpoints"
@@ -150,24 +151,3 @@ def _without_printing(trainer: object) -> None:
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # type: ignore[attr-defined]  # TRL is untyped
-
-
-@contextmanager
-def _logging_to(directory: RunDir | None) -> Iterator[None]:
-    """Write the package's log into the run directory."""
-    if directory is None:
-        yield
-        return
-    handler = logging.FileHandler(directory.path / "log.txt", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    package = logging.getLogger("fedllm")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield
-    except Exception:
-        logger.exception("the run was stopped by an error")
-        raise
-    finally:
-        package.removeHandler(handler)
-        handler.close()

@@ -6,7 +6,7 @@ import queue
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,25 +28,25 @@ Ctrl-C stops an answer."""
 
 
 System = Annotated[
-    Optional[str],  # noqa: UP045  # typer reads this at run time
+    str | None,
     typer.Option("--system", metavar="TEXT", help="What the model is told first."),
 ]
 Model = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--model", metavar="NAME", help="Which adapter answers at first."),
 ]
 Temperature = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option(
         "--temperature", min=0.0, max=2.0, help="Default as the model says; 0 takes the likeliest."
     ),
 ]
 MaxTokens = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--max-tokens", min=1, help="Longest answer; default as the model says."),
 ]
 Seed = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--seed", help="The same seed gives the same answers."),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -37,27 +37,27 @@ def _data() -> None:
 
 
 PathWord = Annotated[
-    Optional[str],  # noqa: UP045  # typer reads this at run time
+    str | None,
     typer.Argument(metavar="[PATH]", help="File, folder, hub id, or a name in the registry."),
 ]
 ConfigFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--config", metavar="FILE", help="Take model and data settings from there."),
 ]
 ModelName = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--model", help="Whose tokenizer and chat template; default builtin:tiny."),
 ]
 MaxLength = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--max-length", min=1, help="Longest row in tokens."),
 ]
 Registry = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--registry", metavar="DIR", help="Folder with a dataset_info.json."),
 ]
 JsonFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--json", metavar="FILE", help="Write every verdict there."),
 ]
 
@@ -83,7 +83,7 @@ def check(
         with console.status("reading every row"):
             found = check_data(
                 settings.data,
-                load_tokenizer(settings.model),  # type: ignore[arg-type]
+                load_tokenizer(settings.model),  # type: ignore[arg-type]  # it fits the protocol
                 template=settings.model.chat_template,
             )
         _print(console, found)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,21 +26,21 @@ SourceArgument = Annotated[
     ),
 ]
 AdapterOption = Annotated[
-    Optional[list[str]],  # noqa: UP045  # typer reads this at run time
+    list[str] | None,
     typer.Option("--adapter", metavar="NAME=DIR", help="One more adapter on the same base."),
 ]
 Device = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; default as recorded."),
 ]
 Dtype = Annotated[
-    Optional[Literal["auto", "float32", "bfloat16", "float16"]],  # noqa: UP045
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
     typer.Option(help="Number format of the base; default as recorded."),
 ]
 HostOption = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")]
 KeyFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         "--api-key-file", metavar="FILE", help="Lines of name:key; else FEDLLM_API_KEYS is read."
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,24 +24,24 @@ _Plain = Annotated[bool, typer.Option("--plain", help="Lines without colours or 
 
 def train(
     config: Annotated[
-        Optional[str],  # noqa: UP045  # typer reads this at run time
+        str | None,
         typer.Argument(
             metavar="CONFIG", help="Ours, or LLaMA-Factory's, YAML or JSON; not with --resume."
         ),
     ] = None,
     words: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(metavar="[a.b=value]...", help="Settings laid over the file."),
     ] = None,
     resume: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(metavar="DIR", help="Continue this run from its last checkpoint."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load everything, print the plan, write nothing.")
     ] = False,
     convert: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(metavar="FILE.yaml", help="Write the file as one of ours, and train nothing."),
     ] = None,
     quiet: _Quiet = False,

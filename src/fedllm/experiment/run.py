@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from fedllm.results import (
     resume_command,
     save_checkpoint,
 )
+from fedllm.results.run_log import logging_to
 from fedllm.simulation import STATE_TYPES, Round
 
 CODEC = Codec(*STATE_TYPES)
@@ -67,7 +67,7 @@ def run(config: Config, watch: Watch) -> RunDir:
     if config.run_dir.exists():
         RunDir.create(config.run_dir, "")  # says that it exists, before anything is loaded
     parts = build(config, watch.say)
-    with RunDir.create(config.run_dir, dump(config)) as directory, _logging_to(directory):
+    with RunDir.create(config.run_dir, dump(config)) as directory, logging_to(directory):
         _Session(parts, directory, watch).carry_on()
         return directory
 
@@ -83,7 +83,7 @@ def resume(path: Path, watch: Watch) -> RunDir:
         raise RunError(f"{path} is a central run. Continue it with: {resume_command(path)}")
     directory.lock()
     config = load_config(path / "config.yaml")
-    with directory, _logging_to(directory):
+    with directory, logging_to(directory):
         parts = build(config, watch.say)
         session = _Session(parts, directory, watch)
         session.restore()
@@ -272,21 +272,3 @@ def _training(updates: list[Update] | Any) -> dict[str, Any]:
         "tokens": sum(u.metrics.get("tokens", 0.0) for u in updates),
         "clients": clients,
     }
-
-
-@contextlib.contextmanager
-def _logging_to(directory: RunDir) -> Iterator[None]:
-    """Write the package's log into the run directory."""
-    handler = logging.FileHandler(directory.path / "log.txt", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    package = logging.getLogger("fedllm")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield
-    except Exception:
-        logger.exception("the run was stopped by an error")
-        raise
-    finally:
-        package.removeHandler(handler)
-        handler.close()
