@@ -7,7 +7,10 @@ python scripts/docs_reference.py --check    fails if it is out of date
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -88,10 +91,27 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
 def _rows(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     """Yield a row for each key of a model."""
     schema = model.model_json_schema()
+    meanings = _meanings(model)
     for name, info in model.model_fields.items():
         values = _type(schema["properties"][name], schema.get("$defs", {}))
         default = info.get_default(call_default_factory=True)
-        yield f"`{name}`", values, _default(default), _text(info.description)
+        yield f"`{name}`", values, _default(default), _text(meanings.get(name))
+
+
+def _meanings(model: type[BaseModel]) -> dict[str, str]:
+    """Return the strings that stand below a model's fields, its parents' among them."""
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        if not _is_model(cls) or cls is BaseModel:
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, after in zip(tree.body, tree.body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                found[field.target.id] = inspect.cleandoc(str(after.value.value))
+    return found
 
 
 def _form_rows(form: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:

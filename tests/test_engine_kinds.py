@@ -33,7 +33,7 @@ from fedllm.adapters import (
 from fedllm.adapters.native_format import load_native, save_native
 from fedllm.adapters.peft_format import save_peft
 from fedllm.config import TrainingConfig
-from fedllm.engine import attach
+from fedllm.engine.attach import attach
 from fedllm.errors import ModelError
 from fedllm.federation import BaseClient, Job, View
 from fedllm.results import merge_into

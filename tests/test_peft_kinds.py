@@ -30,7 +30,7 @@ from fedllm.adapters import (
 )
 from fedllm.adapters.native_format import load_native, save_native
 from fedllm.adapters.peft_format import folded, load_peft, save_peft
-from fedllm.engine import attach
+from fedllm.engine.attach import attach
 from fedllm.errors import ModelError
 from fedllm.results import merge_into
 

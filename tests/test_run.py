@@ -28,7 +28,8 @@ from fedllm.adapters import Adapter
 from fedllm.adapters.peft_format import load_peft
 from fedllm.algorithms import ALGORITHMS, server_class
 from fedllm.config import Config
-from fedllm.engine import CohortEngine, attach
+from fedllm.engine import CohortEngine
+from fedllm.engine.attach import attach
 from fedllm.engine.packing import segments
 from fedllm.engine.shards import collect
 from fedllm.errors import ConfigError, DataError, RunError

@@ -36,6 +36,7 @@ from fedllm.adapters.peft_check import (
     refuse_nonfinite,
 )
 from fedllm.errors import ModelError
+from fedllm.starting import import_peft
 
 if TYPE_CHECKING:
     import torch
@@ -209,6 +210,7 @@ def _config(
     dropout: float,
 ) -> dict[str, Any]:
     """Return PEFT's configuration: the commonest rank and alpha, and the modules that differ."""
+    import_peft()
     from peft import LoraConfig
 
     ranks = {module: adapter.rank_of(module) for module in adapter.modules}

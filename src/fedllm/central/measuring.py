@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from fedllm.central.stages import METRICS_OF_PAIRS, STAGES
 from fedllm.central.tuning import Tuned
 from fedllm.config import CentralConfig
 from fedllm.data import Dataset, TokenSet
-from fedllm.engine.forward import Forward
-from fedllm.engine.packing import split
-from fedllm.engine.shards import collect
 from fedllm.errors import ConfigError
 from fedllm.evaluation import BY_TASK, METRICS
 from fedllm.evaluation.metrics import Evidence
-from fedllm.federation import Scores
 from fedllm.seeding import rng
+
+if TYPE_CHECKING:
+    from fedllm.engine.forward import Forward
+    from fedllm.federation import Scores
 
 _TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}
 
@@ -115,6 +115,11 @@ class Measure:
         }
 
     def _evidence(self, rows: np.ndarray) -> Evidence:
+        # not before: training need not wait for what only evaluation takes
+        from fedllm.engine.forward import Forward
+        from fedllm.engine.packing import split
+        from fedllm.federation import Scores
+
         test, body = self.data.test, self.tuned.body
         forward = Forward(body, "causal-lm", None, int(self.tuned.loaded.tokenizer.pad_token_id))
         scores = Scores.empty(len(test))
@@ -180,6 +185,8 @@ def inference(tuned: Tuned) -> Iterator[None]:
 
 def _score(forward: Forward, tokens: TokenSet, rows: np.ndarray, scores: Scores) -> None:
     """Add the losses of some rows to the scores, changed in place."""
+    from fedllm.engine.shards import collect
+
     found = forward.run(collect(tokens, rows, np.arange(len(rows))))
     owners = found.owners.cpu().numpy()
     assert found.correct is not None

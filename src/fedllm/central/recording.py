@@ -33,8 +33,11 @@ class CentralWatch(Protocol):
     def say(self, text: str) -> None:
         """Tell what is being done."""
 
-    def begin(self, parts: Parts, path: Path, steps: int) -> None:
+    def ready(self) -> None:
         """Tell that everything is loaded."""
+
+    def begin(self, parts: Parts, path: Path, steps: int) -> None:
+        """Tell what is trained, in how many steps."""
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Tell a line of trainer_log.jsonl."""

@@ -15,10 +15,10 @@ from fedllm.central.run_config import config_of
 from fedllm.central.stages import check_installed
 from fedllm.config import CentralConfig, dump
 from fedllm.errors import RunError
-from fedllm.models.starting import uncollected
 from fedllm.results import RunDir
 from fedllm.results.export import new_folder
 from fedllm.results.run_log import logging_to
+from fedllm.starting import uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ def _carry_out(
         trainer.add_callback(recorder)
         _without_printing(trainer)
         barrier()
+        watch.ready()
         with quiet_trainer():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if recorder.load_best() and directory is not None:

@@ -21,6 +21,7 @@ from fedllm.central.stages import STAGES
 from fedllm.central.tuning import Tuned
 from fedllm.config import CentralConfig
 from fedllm.errors import FedLLMError, TrainingError
+from fedllm.starting import import_trl
 
 if TYPE_CHECKING:
     from fedllm.central.tables import Settled
@@ -115,6 +116,7 @@ def _classes(stage: str) -> tuple[type, type]:
         # what lies in its experimental namespace warns that it does, on import
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            import_trl()
             for part, name in (("trainer", "Trainer"), ("config", "Config")):
                 module = importlib.import_module(f"{kind.module}_{part}")
                 found.append(getattr(module, kind.trainer + name))

@@ -20,8 +20,8 @@ from fedllm.config import CentralConfig
 from fedllm.errors import ModelError
 from fedllm.models import Kind, LoadedModel, head_modules, linear_shape, target_modules
 from fedllm.models.quiet import quiet
-from fedllm.models.starting import without_bitsandbytes
 from fedllm.seeding import derive
+from fedllm.starting import without_bitsandbytes
 
 ADAPTER, MODEL = "adapter", "model"
 """Folder of a run that holds what was trained: by low rank, or whole weights."""

@@ -21,6 +21,7 @@ from fedllm.cli.trace import trace_app
 from fedllm.cli.train import check_central, train
 from fedllm.config import Config
 from fedllm.errors import FedLLMError, unknown
+from fedllm.starting import import_transformers, uncollected
 
 app = typer.Typer(
     name="fedllm",
@@ -103,7 +104,8 @@ def run(
             if dry_run:
                 _plan(console, checked, is_loading_model=True)
                 return
-    with reported():
+    with reported(), uncollected():
+        import_transformers()
         from fedllm.cli.run import choose_view, go_on, start
     view = choose_view(console, is_quiet=quiet, is_plain=plain)
     with reported(view):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +59,11 @@ class CentralView:
     def say(self, text: str) -> None:
         """Print what is being done."""
         self._print(f"{text} ...")
+
+    def ready(self) -> None:
+        """Search for garbage again, but not among what was loaded: it stays to the end."""
+        gc.freeze()
+        gc.enable()
 
     def begin(self, parts: Parts, path: Path, steps: int) -> None:
         """Print what the run is."""

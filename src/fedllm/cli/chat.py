@@ -12,6 +12,7 @@ import typer
 
 from fedllm.cli.errors import reported, tell
 from fedllm.cli.serve import AdapterOption, Device, Dtype, SourceArgument, resolve
+from fedllm.starting import import_transformers
 
 if TYPE_CHECKING:
     from fedllm.data.rows import Message
@@ -64,11 +65,13 @@ def chat(
 ) -> None:
     """Talk to a model, and switch between its adapters."""
     with reported():
+        found = resolve(source, adapter, device, dtype)
+        import_transformers()
         from fedllm.errors import FedLLMError, unknown
         from fedllm.serving.host import Host, Wish
         from fedllm.serving.scheduler import Limits
 
-        host = Host(resolve(source, adapter, device, dtype), Limits(max_batch=1, kv_bytes=0))
+        host = Host(found, Limits(max_batch=1, kv_bytes=0))
         if model is not None and model not in host.rows:
             raise FedLLMError(unknown("model", model, host.rows))
         wish = Wish(max_tokens=max_tokens, temperature=temperature, seed=seed)

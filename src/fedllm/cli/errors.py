@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from fedllm.cli.course import Course
 from fedllm.errors import FedLLMError, TrainingError
+
+if TYPE_CHECKING:
+    from fedllm.cli.course import Course
 
 WRONG, CRASHED, STOPPED = 2, 1, 130
 """Exit codes: the user's to mend, ours to mend, Ctrl-C."""

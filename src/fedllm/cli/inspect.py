@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.cli.figures import bytes_text, duration_text, sparkline, value_text
-from fedllm.cli.tables import Row
 from fedllm.results import (
     History,
     MetricRow,
@@ -24,6 +23,9 @@ from fedllm.results import (
     resume_command,
     summary_rows,
 )
+
+if TYPE_CHECKING:
+    from fedllm.cli.tables import Row
 
 _FOR_JSON = {
     "settings",

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedllm.cli.errors import reported
 from fedllm.errors import FedLLMError
+from fedllm.starting import import_transformers
 
 if TYPE_CHECKING:
     from fedllm.serving import Source
@@ -85,6 +86,8 @@ def serve(
     """Serve a model and all its adapters over HTTP, as OpenAI does."""
     with reported():
         from fedllm.serving.keys import ENVIRONMENT, read_keys
+
+        import_transformers()
         from fedllm.serving.scheduler import Limits
         from fedllm.serving.server import Address, Terms
         from fedllm.serving.server import serve as start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from fedllm.cli.errors import nearby_examples, reported, tell
 from fedllm.errors import FedLLMError
+from fedllm.starting import import_peft, uncollected
 
 if TYPE_CHECKING:
     from fedllm.central.llamafactory_values import Mapped
@@ -86,6 +88,7 @@ def check_central(console: Console, config: str, words: list[str] | None) -> boo
     return True
 
 
+@uncollected()
 def _checked(
     config: str | None, words: list[str] | None, resume: Path | None, dry_run: bool
 ) -> tuple[CentralConfig, Mapped | None]:
@@ -136,10 +139,6 @@ def _carry_out(
     console: Console, checked: CentralConfig, resume: Path | None, is_quiet: bool
 ) -> None:
     """Train, and say where the result is and how to go on."""
-    import gc
-
-    from fedllm.models.starting import import_peft, uncollected
-
     with reported(), uncollected():
         import_peft()
         from fedllm.central.processes import is_first
@@ -150,7 +149,7 @@ def _carry_out(
         gc.freeze()  # modules stay to the end; no later search need walk over them
         view = CentralView(console, is_silent=is_quiet or not is_first())
     try:
-        with reported(), view:
+        with reported(), view, uncollected():
             done = go_on(resume, view) if resume is not None else start(checked, view)
             if is_first():
                 print_end(console, done, checked, is_quiet=is_quiet)

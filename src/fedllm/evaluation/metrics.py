@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedllm.errors import MissingExtraError
-from fedllm.federation import AnswerScores, Scores
+
+if TYPE_CHECKING:
+    from fedllm.federation import AnswerScores, Scores
 
 Need = Literal["tokens", "classes", "answers", "preferences", "pairs"]
 

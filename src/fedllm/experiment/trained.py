@@ -91,7 +91,7 @@ class Trained:
         if self.adapter is None:
             return model
         if is_native(self.adapter):
-            from fedllm.engine import attach
+            from fedllm.engine.attach import attach
 
             return attach(model, self.adapter)
         return merge_adapter(model, self.adapter)

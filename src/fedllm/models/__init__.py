@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fedllm.models.catalog import BUILTIN_MODELS, TESTED_FAMILIES
+from fedllm.starting import import_transformers
 
 if TYPE_CHECKING:
     from fedllm.models.architecture import position_limit, resolve_kind
@@ -51,6 +52,7 @@ _NEED_TORCH = ("hardware", "targets", "architecture", "tokenizer", "loading", "m
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
+        import_transformers()
         for part in _NEED_TORCH:
             module = importlib.import_module(f"{__name__}.{part}")
             if hasattr(module, name):

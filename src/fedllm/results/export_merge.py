@@ -9,6 +9,7 @@ from typing import Any
 from fedllm.adapters.peft_check import TENSORS_FILE, check_peft, refuse_nonfinite
 from fedllm.errors import ModelError
 from fedllm.models import linear_shape
+from fedllm.starting import import_peft
 from fedllm.weights import few, read_header
 
 
@@ -22,6 +23,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
     Raises:
         ModelError: If the adapter is damaged or belongs to another model.
     """
+    import_peft()
     from peft import PeftModel
     from safetensors.torch import load_file
 
