@@ -358,6 +358,10 @@ def test_a_run_writes_what_it_was_and_how_it_went(data: dict[str, Path], tmp_pat
     assert [r["round"] for r in run.read("metrics")] == [0, 1, 2]
     assert [r["step"] for r in run.read("metrics")] == [0, 2, 4]
     assert (run.path / "plots" / "training_loss.png").is_file()
+    log = (run.path / "log.txt").read_text()
+    for told in ("steps 1 to 4", "evaluation 1 at step 2: exact_match", "saved checkpoint-2",
+                 "evaluation 2 at step 4", "wrote adapter"):  # fmt: skip
+        assert told in log
     assert (run.path / "checkpoints" / "checkpoint-2" / "fedllm.json").is_file()
     lines = (run.path / "predictions" / "2.jsonl").read_text().splitlines()
     assert len(lines) == 6

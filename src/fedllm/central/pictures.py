@@ -5,23 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedllm.results import RunDir
+from fedllm.results.storage import explained
+
+_FEW = 50
+"""Points that are marked one by one."""
 
 
 def draw(directory: RunDir) -> Path | None:
     """Draw the training loss over steps; nothing where nothing was logged."""
+    from fedllm.results import style
+
     lines = [line for line in directory.read("trainer_log") if line.get("loss") is not None]
     if not lines:
         return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = [line["current_steps"] for line in lines]
-    axes.plot(steps, [line["loss"] for line in lines], marker="." if len(lines) < 50 else "")
+    figure = style.panels(size=(6.4, 3.8))
+    axes = figure.axes[0]
+    steps, losses = zip(*((line["current_steps"], line["loss"]) for line in lines), strict=True)
+    axes.plot(steps, losses, color=style.BLUE, marker="." if len(lines) < _FEW else "")
+    axes.set_title("Training loss by step", loc="left")
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.grid(alpha=0.3)
+    # it is per token in sft and pt alone
+    axes.set_ylabel("loss")
     path = directory.path / "plots" / "training_loss.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
+    with explained(path, "The run itself is untouched."):
+        return style.save(figure, path)

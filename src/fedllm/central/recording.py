@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -20,6 +21,8 @@ from fedllm.central.processes import barrier, gathered, shared
 from fedllm.results import RunDir
 from fedllm.results.history import is_better
 from fedllm.results.storage import explained, write_text
+
+logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
 _LOGGED = {"loss": "loss", "learning_rate": "lr", "epoch": "epoch", "grad_norm": "grad_norm",
@@ -81,6 +84,12 @@ class Recorder(TrainerCallback):
         else:
             self.planned = math.ceil(state.max_steps / int(every)) if every else 1
         self.watch.begin(self.parts, self.path, state.max_steps)
+        config = self.parts.config
+        logger.info(
+            "stage %s, %s with %s: steps %d to %d, %d test rows",
+            config.stage, config.model.path, config.adapter.method,
+            state.global_step + 1, state.max_steps, len(self.parts.data.test),
+        )  # fmt: skip
         if state.global_step == 0 and every:
             self._evaluate(state, is_last=False)
         self._began = self._log_began = time.perf_counter()
@@ -123,6 +132,7 @@ class Recorder(TrainerCallback):
         mark = {"course": vars(self.course), "lengths": self.directory.lengths()}
         with explained(folder, "Checkpoints before it are safe."):
             write_text(folder / MARK, json.dumps(mark, indent=2) + "\n")
+        logger.info("saved %s", folder.name)
         old = complete_checkpoints(self.path)[: -self.parts.config.checkpoint.keep]
         for folder in old:
             shutil.rmtree(folder, ignore_errors=True)
@@ -152,6 +162,7 @@ class Recorder(TrainerCallback):
         stale = patience is not None and self.course.since_best >= patience
         if shared(stale):
             self.ended = f"no better {self.parts.measure.main} in {patience} evaluations"
+            logger.info("training ends early: %s", self.ended)
             return True
         return False
 
@@ -246,6 +257,8 @@ class Recorder(TrainerCallback):
                        "tokens_per_s": tokens / max(train_s, 1e-9)}  # fmt: skip
         self.directory.append("metrics", [record])
         self.directory.append("timing", [timing])
+        told = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        logger.info("evaluation %d at step %d: %s", number, steps + self.course.step, told)
         self.watch.record(record)
 
     def _judge(self, value: float | None, step: int, is_last: bool) -> None:

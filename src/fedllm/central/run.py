@@ -111,7 +111,9 @@ def _carry_out(
         with quiet_trainer():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if recorder.load_best() and directory is not None:
-            watch.say(f"the weights of step {recorder.course.best_step} are kept")
+            kept = f"the weights of step {recorder.course.best_step} are kept"
+            logger.info(kept)
+            watch.say(kept)
         watch.say("evaluating on all test rows")
         recorder.finish(trainer.state)
         if directory is not None:
@@ -144,6 +146,7 @@ def _write(parts: Parts, directory: RunDir, steps: int) -> None:
     draw(directory)
     with new_folder(directory.path / parts.tuned.folder) as temporary:
         parts.tuned.save(temporary, steps)
+    logger.info("wrote %s", parts.tuned.folder)
 
 
 def _without_printing(trainer: object) -> None:
