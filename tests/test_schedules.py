@@ -238,6 +238,22 @@ def test_who_is_at_work_is_not_drawn() -> None:
     assert not busy & set(cohort)
 
 
+def test_once_enough_are_there_nobody_else_is_asked() -> None:
+    asked = []
+
+    class Fifth(Ideal):
+        def window(self, cid: int, time_s: float) -> tuple[float, float] | None:
+            asked.append(cid)
+            return float(cid % 5 != 0), math.inf
+
+    chosen = Selection(Fifth(), range(10_000)).choose(
+        BaseServer(), 1, 0.0, lambda draw: rng(2, "cohort", draw)
+    )
+    assert [cid for cid, *_ in chosen] == asked[-1:]
+    assert len(asked) > 1  # more than the first draw
+    assert [cid % 5 == 0 for cid in asked] == [False] * (len(asked) - 1) + [True]
+
+
 def test_the_cost_of_a_draw_is_bounded_where_nobody_will_come() -> None:
     asked = []
 

@@ -38,7 +38,7 @@ class Numbered:
         """Return the seed of these numbers."""
         hashed = self._begun.copy()
         hashed.update(b"\x1fint:%d\x1fint:%d" % (first, second))
-        return _number(hashed)
+        return int.from_bytes(hashed.digest(), "little") >> 1
 
 
 def _hashed(seed: int, names: Sequence[str | int]) -> hashlib.blake2b:

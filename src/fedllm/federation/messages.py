@@ -107,8 +107,9 @@ class Job:
     def filled(self, **more: Any) -> Job:
         """Return a copy with some fields set: `dataclasses.replace`, at a fifth of its cost."""
         made = object.__new__(Job)
-        made.__dict__.update(self.__dict__)
-        made.__dict__.update(more)
+        own = made.__dict__
+        own |= self.__dict__
+        own |= more
         return made
 
 

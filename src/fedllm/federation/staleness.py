@@ -27,8 +27,8 @@ def is_mean(server: BaseServer, parts: Sequence[Part]) -> bool:
 
     Of others nobody can say what the ideal aggregate would be (`agg_error`).
     """
-    total = sum(part.weight for part in parts)
-    is_fresh = all(part.update.version == server.version for part in parts)
+    total = sum(weight for weight, _ in parts)
+    is_fresh = all(update.version == server.version for _, update in parts)
     return is_fresh and abs(total - 1.0) <= _ROUNDING
 
 
@@ -55,7 +55,7 @@ def fresh_parts(
                 fresh.append(Part(weight, brought))
         else:
             fresh.append(part)
-    rest = 1.0 - sum(part.weight for part in fresh)
+    rest = 1.0 - sum(weight for weight, _ in fresh)
     if fresh and abs(rest) > _ROUNDING:
         fresh.append(Part(rest, server.present(fresh)))
     return fresh

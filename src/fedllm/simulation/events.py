@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
 from enum import Enum, IntEnum
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 NOBODY = -1
@@ -82,7 +82,7 @@ class EventQueue:
         self.now_s = now_s
         self.pending: list[Entry] = list(pending)
         """The heap: the next event first."""
-        heapq.heapify(self.pending)
+        heapify(self.pending)
         self._pushed = max((number for _, _, number, _, _ in self.pending), default=-1) + 1
 
     def __len__(self) -> int:
@@ -98,12 +98,12 @@ class EventQueue:
             raise ValueError(
                 f"{kind.name} of client {cid} at {time_s} s lies before the present, {self.now_s} s"
             )
-        heapq.heappush(self.pending, (time_s, kind, self._pushed, cid, job))
+        heappush(self.pending, (time_s, kind, self._pushed, cid, job))
         self._pushed += 1
 
     def pop(self) -> Entry:
         """Remove the next event and set the clock to it."""
-        entry = heapq.heappop(self.pending)
+        entry = heappop(self.pending)
         self.now_s = entry[0]
         return entry
 

@@ -30,9 +30,7 @@ from fedllm.system import World
 AtWindowClose = Literal["discard", "partial", "pause"]
 _NAMES = {kind: kind.name for kind in EventKind}
 _TRAINING = ClientState.TRAINING
-_IDLE, _AVAILABLE, _UPLOADING = (
-    state.value for state in (ClientState.IDLE, ClientState.AVAILABLE, ClientState.UPLOADING)
-)
+_IDLE, _AVAILABLE, _WORKING, _UPLOADING = (state.value for state in ClientState)
 Transfer = Callable[[ClientId, int, float, int], float]
 
 
@@ -96,10 +94,11 @@ class Fleet:
             cid: Who was waited for.
             latest_s: Virtual time after which an arrival is of no use.
         """
-        awaited = self.awaited.pop(cid)
-        self._write_open(cid, awaited.number, _AVAILABLE, awaited.close_s)
+        now, awaited = self.queue.now_s, self.awaited.pop(cid)
+        version = self.server.version
+        self.diary.come(now, version, cid, awaited.number, _AVAILABLE, awaited.close_s)
         flight = self._prepare(cid, awaited)
-        trained = self.queue.now_s + flight.left_s
+        trained = now + flight.left_s
         upload_s = self.world.upload_s(cid, flight.up_bytes, trained, 1)
         busy_s = flight.left_s + upload_s
         flight.expected_s = trained + upload_s
@@ -112,11 +111,12 @@ class Fleet:
 
     def resume(self, flight: Flight) -> None:
         """Let a client that was paused go on."""
-        now, cid = self.queue.now_s, flight.job.cid
+        now, cid, is_training = self.queue.now_s, flight.job.cid, flight.phase is _TRAINING
         window = self.world.window(cid, now)
         flight.resume(now, math.inf if window is None else window[1])
-        self._write_open(cid, flight.number, flight.phase.value, flight.close_s)
-        self._push_next(flight, TRAINING_DONE if flight.phase is _TRAINING else UPLOAD_DONE)
+        state = _WORKING if is_training else _UPLOADING
+        self.diary.come(now, self.server.version, cid, flight.number, state, flight.close_s)
+        self._push_next(flight, TRAINING_DONE if is_training else UPLOAD_DONE)
 
     def _prepare(self, cid: ClientId, awaited: Awaited) -> Flight:
         """Make the job, and work out how long it takes."""
@@ -128,12 +128,7 @@ class Fleet:
         up_bytes = self.transport.up_nbytes(self.client, job)
         download_s = self._transfer(self.world.download_s, cid, down_bytes)
         if self.at_window_close == "partial" and close_s < math.inf:
-
-            def is_in_time(steps: int) -> bool:
-                trained = now + download_s + self._fit_s(replace(job, steps=steps))
-                return trained + self.world.upload_s(cid, up_bytes, trained, 1) <= close_s
-
-            job = fitting_job(job, is_in_time)
+            job = self._shortened(job, now + download_s, up_bytes, close_s)
         train_s = self._fit_s(job)
         flight = Flight(
             job,
@@ -151,6 +146,15 @@ class Fleet:
         )
         self.flights[cid] = flight
         return flight
+
+    def _shortened(self, job: Job, begin_s: float, up_bytes: int, close_s: float) -> Job:
+        """Return a job with as many steps as can be done and sent before a window closes."""
+
+        def is_in_time(steps: int) -> bool:
+            trained = begin_s + self._fit_s(replace(job, steps=steps))
+            return trained + self.world.upload_s(job.cid, up_bytes, trained, 1) <= close_s
+
+        return fitting_job(job, is_in_time)
 
     def begin_upload(self, flight: Flight) -> None:
         """Let a client that has trained send its update."""
@@ -257,9 +261,3 @@ class Fleet:
             kind, at_s = WINDOW_CLOSE, flight.close_s
         self.queue.push(at_s, kind, flight.job.cid, flight.number)
         return kind
-
-    def _write_open(self, cid: ClientId, number: int, state: str, close_s: float) -> None:
-        """Write down that a client comes, and until when it is there: null for ever."""
-        now, version = self.queue.now_s, self.server.version
-        line = self.diary.note(now, "WINDOW_OPEN", version, cid, number, state)
-        line["until_s"] = close_s if close_s < math.inf else None

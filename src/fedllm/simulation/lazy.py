@@ -34,8 +34,8 @@ class Computation:
     """Real seconds since they were last asked for."""
 
     def begin(self, flight: Flight) -> None:
-        """Take notice of a new job."""
-        if self.compute == "eager" and (not flight.is_doomed or self.lost == "compute"):
+        """Compute a new job at once, as `eager` has it."""
+        if not flight.is_doomed or self.lost == "compute":
             self._run([flight.job])
 
     def compute_with(self, flight: Flight, others: Iterable[Flight], room: int | None) -> None:
@@ -69,6 +69,6 @@ class Computation:
     def _run(self, jobs: Sequence[Job]) -> None:
         begin, self.running = time.perf_counter(), jobs
         # filed under the job that is answered, whoever an update says it is from
-        for job, update in zip(jobs, self.executor.run(jobs), strict=True):
-            self.results[job.cid] = update
+        cids = [job.cid for job in jobs]
+        self.results.update(zip(cids, self.executor.run(jobs), strict=True))
         self.wall_s += time.perf_counter() - begin

@@ -25,7 +25,7 @@ from fedllm.federation import (
 from fedllm.federation.fidelity import aggregation_error
 from fedllm.federation.staleness import fresh_parts, is_mean
 from fedllm.simulation import events, snapshot
-from fedllm.simulation.events import NOBODY, Entry, EventKind, EventQueue
+from fedllm.simulation.events import NOBODY, EventKind, EventQueue
 from fedllm.simulation.fleet import AtWindowClose, Fleet
 from fedllm.simulation.flights import Flight
 from fedllm.simulation.lazy import Computation
@@ -127,11 +127,23 @@ class Loop:
     def _advance(self) -> str:
         """Let things happen until the server may act; say why the run ends, if it does."""
         pending, pop, limit_s = self.queue.pending, self.queue.pop, self.time_limit_s
+        fleet, flights = self.fleet, self.fleet.flights
         while pending and not self.is_stirred:
             if pending[0][0] > limit_s:
                 self.queue.now_s = limit_s
                 return f"the time limit of {limit_s:g} s is reached"
-            self._handle(pop())
+            time_s, kind, _, cid, number = pop()
+            flight = flights.get(cid)
+            if flight is None or flight.number != number:
+                self._begin_or_end(kind, cid, number)
+            elif kind is events.TRAINING_DONE:
+                fleet.begin_upload(flight)
+            elif kind is events.UPLOAD_DONE:
+                self._arrive(flight, time_s)
+            elif kind is events.WINDOW_OPEN:
+                fleet.resume(flight)
+            elif not fleet.pauses(kind, flight):
+                self._lose(flight, _LOST_BY[kind], kind)
         return ""
 
     def state(self) -> dict[str, object]:
@@ -165,23 +177,16 @@ class Loop:
 
     # what happens
 
-    def _handle(self, event: Entry) -> None:
-        time_s, kind, _, cid, number = event
-        flight = self.fleet.flights.get(cid)
-        if flight is not None and flight.number == number:
-            if kind is events.TRAINING_DONE:
-                self.fleet.begin_upload(flight)
-            elif kind is events.UPLOAD_DONE:
-                self._arrive(flight, time_s)
-            elif kind is events.WINDOW_OPEN:
-                self.fleet.resume(flight)
-            elif not self.fleet.pauses(kind, flight):
-                self._lose(flight, _LOST_BY[kind], kind)
-        elif kind is events.WINDOW_OPEN:
+    def _begin_or_end(self, kind: EventKind, cid: ClientId, number: int) -> None:
+        """Handle an event that is no flight's: a client comes, time is up, or it is void."""
+        if kind is events.WINDOW_OPEN:
             awaited = self.fleet.awaited.get(cid)
             if awaited is not None and awaited.number == number:
-                flight = self.fleet.take_off(cid, self._latest_s(awaited.group))
-                self.computation.begin(flight)
+                is_limited = self.deadlines and not self.schedule.is_stream
+                latest_s = self.deadlines[awaited.group][1] if is_limited else math.inf
+                flight = self.fleet.take_off(cid, latest_s)
+                if self.compute == "eager":
+                    self.computation.begin(flight)
         elif kind is events.DEADLINE:
             self._deadline(number)
 
@@ -191,11 +196,6 @@ class Loop:
             if number == due:
                 self.diary.note(self.queue.now_s, "DEADLINE", self.server.version)
                 self.schedule.groups[group].is_due = self.is_stirred = True
-
-    def _latest_s(self, group: int) -> float:
-        """Return when the update of a client that has come would be of no use any more."""
-        is_limited = self.deadlines and not self.schedule.is_stream
-        return self.deadlines[group][1] if is_limited else math.inf
 
     def _arrive(self, flight: Flight, now_s: float) -> None:
         """Take in an update that has arrived, if it can be used."""
@@ -279,10 +279,10 @@ class Loop:
         return self.diary.closed(
             number=version + 1,
             time_s=now,
-            updates=[part.update for part in sent],
+            updates=[update for _, update in sent],
             agg_error=agg_error,
             wall_s=wall_s,
-            staleness=[version - part.update.version for part in sent],
+            staleness=[version - update.version for _, update in sent],
             in_flight=len(self.fleet.flights),
             is_last=is_last,
             ended=self.ended,
@@ -293,6 +293,6 @@ class Loop:
         rejected, asked = self.diary.rejected, len(own.asked) or len(sent)
         if not sent and (not rejected or len(rejected) < asked):
             return ()
-        jobs = {part.update.cid: self.answered[part.update.cid] for part in sent}
+        jobs = {update.cid: self.answered[update.cid] for _, update in sent}
         parts = self.reception.parts(sent, jobs, rejected, asked)
         return fresh_parts(self.server, parts, jobs, is_change=self.schedule.takes_changes)

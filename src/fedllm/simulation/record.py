@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,22 @@ class Diary:
         }
         self.events.append(line)
         return line
+
+    def come(
+        self, time_s: float, version: int, cid: int, job: int, state: str, close_s: float
+    ) -> None:
+        """Write down that a client comes, and until when it is there: null for ever."""
+        self.events.append(
+            {
+                "time_s": time_s,
+                "event": "WINDOW_OPEN",
+                "client": cid,
+                "job": job,
+                "round": version + 1,
+                "state": state,
+                "until_s": close_s if close_s < math.inf else None,
+            }
+        )
 
     def end(self, row: dict[str, Any], version: int, outcome: str) -> None:
         """Write down how a job ended."""

@@ -71,10 +71,11 @@ class Selection:
         # who is drawn of `any` must not depend on who is there
         is_repeated &= self.policy != "any" or is_free is not None
         there, absent, seen = list[Chosen](), list[Chosen](), set[ClientId]()
+        most = len(drawn)
         for draw in range(1, MOST_DRAWS + 1):
             fresh = [cid for cid in drawn if cid not in seen]
             seen.update(fresh)
-            self._ask(fresh if is_free is None else filter(is_free, fresh), now_s, there, absent)
+            self._ask(filter(is_free, fresh) if is_free else fresh, now_s, there, absent, most)
             is_enough = len(there) >= count or len(seen) >= len(self.pool)
             if not is_repeated or is_enough or draw == MOST_DRAWS:
                 break
@@ -103,19 +104,32 @@ class Selection:
                 stream = rng(self.seed, "sequence", cycle)
                 self._order = cycle, stream.permutation(len(self.pool))
             cid = self.pool[int(self._order[1][index])]
-            chosen = list[Chosen]()
-            self._ask([cid], now_s, chosen, chosen)
-            if chosen:
-                return place + 1, chosen
+            window = self.world.window(cid, now_s)
+            if window is not None:
+                return place + 1, [(cid, *window)]
         return walked, []
 
     def _ask(
-        self, cids: Iterable[ClientId], now_s: float, there: list[Chosen], absent: list[Chosen]
+        self,
+        cids: Iterable[ClientId],
+        now_s: float,
+        there: list[Chosen],
+        absent: list[Chosen],
+        most: int,
     ) -> None:
-        """Add clients to those who are there and those who will be; some will never come."""
+        """Add clients to those who are there and those who will be; some will never come.
+
+        Once `most` are there, nobody else is asked.
+        """
         window, latest_s = self.world.window, math.inf if self.policy == "any" else now_s
         for cid in cids:
             found = window(cid, now_s)
-            if found is not None:
-                open_s, close_s = found
-                (there if open_s <= latest_s else absent).append((cid, open_s, close_s))
+            if found is None:
+                continue
+            open_s, close_s = found
+            if open_s > latest_s:
+                absent.append((cid, open_s, close_s))
+                continue
+            there.append((cid, open_s, close_s))
+            if len(there) == most:
+                break
