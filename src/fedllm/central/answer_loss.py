@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fedllm.central.examples import IGNORED
 from fedllm.engine.objectives import cross_entropy
+from fedllm.engine.packing import Packing
+
+if TYPE_CHECKING:
+    from fedllm.engine.forward import Forward
 
 
 class AnswerLoss:
@@ -16,8 +22,18 @@ class AnswerLoss:
 
     It is what TRL's trainer computes, without the entropy and accuracy that it logs beside, which
     cost a sixth of a step of a small model. Logits are made at the positions at which some row of
-    the batch has a label.
+    the batch has a label. A batch may come as one row of all its examples, told apart by their
+    `lengths`.
     """
+
+    flat: Forward | None = None
+    """What keeps examples in one row apart; None if each has a row of its own."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a batch; activations that are not kept are computed again within it."""
+        with nullcontext() if self.flat is None else self.flat.packed_attention():
+            loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]  # a mixin
+        return loss
 
     def compute_loss(
         self,
@@ -30,7 +46,10 @@ class AnswerLoss:
         labels = inputs["labels"]
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         kept = (following != IGNORED).any(0).nonzero().squeeze(1)
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        rest = {name: value for name, value in inputs.items() if name not in ("labels", "lengths")}
+        if "lengths" in inputs:
+            lengths, device = np.asarray(inputs["lengths"]), labels.device
+            rest["packing"] = Packing(lengths, device, is_one_batch=device.type == "cuda")
         outputs = model(**{**rest, "use_cache": False, "logits_to_keep": kept})
         targets = following[:, kept]
         is_learned = targets != IGNORED

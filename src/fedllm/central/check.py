@@ -71,13 +71,12 @@ def rehearse(
     Raises:
         FedLLMError: If something the user can mend is wrong.
     """
-    from fedllm.central.packed import check_packing
+    from fedllm.central.packed import layout
     from fedllm.central.rewards import reward_function
 
     check_installed(config)
     parts = build(config, say)
-    if config.is_packed:
-        check_packing(parts.tuned)
+    layout(config, parts.tuned)
     if config.stage == "grpo":
         for name in config.objective.rewards:
             reward_function(name)

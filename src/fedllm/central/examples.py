@@ -113,7 +113,7 @@ def _sequences(tokens: TokenSet, pack_to: int | None) -> Settled:
     packs = bins(tokens.lengths, pack_to)
     order = np.concatenate([np.asarray(pack, np.int64) for pack in packs])
     lengths = tokens.lengths[order]
-    take = _positions(tokens.offsets[order], lengths)
+    take = places_of(tokens.offsets[order], lengths)
     of_packs = np.cumsum([0, *(len(pack) for pack in packs)])
     ends = np.concatenate([[0], np.cumsum(lengths)])[of_packs]
     return flat(
@@ -193,7 +193,7 @@ def _split(tokens: TokenSet, index: int) -> tuple[list[int], list[int]]:
     return ids[:length], ids[length:]
 
 
-def _positions(
+def places_of(
     begin: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Return where the tokens of rows stand that begin at these places, one row after another."""

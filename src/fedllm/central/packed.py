@@ -1,18 +1,80 @@
-"""Packs of several examples as a model takes them, and whether it keeps the examples apart."""
+"""Several examples in one row as a model takes them, and whether it keeps them apart."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from fedllm.central.examples import IGNORED
+from fedllm.central.answer_loss import fits
+from fedllm.central.examples import IGNORED, places_of
+from fedllm.central.measuring import inference
 from fedllm.central.tuning import Tuned
+from fedllm.config import CentralConfig
 from fedllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedllm.engine.forward import Forward
 
 _LENGTHS = (7, 5, 4)
 """Of the examples of the trial; the last is a pack of its own, which is padded."""
 _TOLERANCE = 1e-3
+
+
+def layout(config: CentralConfig, tuned: Tuned) -> Forward | None:
+    """Return what keeps the examples of a batch apart in one row; None if they stay in rows.
+
+    Then nothing is padded, and attention is that of federated runs.
+
+    Raises:
+        ConfigError: If packs are asked for, and the examples of one would see each other.
+    """
+    found = _flat(config, tuned)
+    if found is None and config.is_packed:
+        check_packing(tuned)
+    return found
+
+
+def _flat(config: CentralConfig, tuned: Tuned) -> Forward | None:
+    is_dealt = config.data.streaming and config.training.processes > 1
+    # noise is scaled by the length of rows, and streamed batches are dealt out row by row
+    if config.training.neftune_alpha is not None or is_dealt:
+        return None
+    if not fits(config.stage, tuned.body):
+        return None
+    from fedllm.engine.forward import Forward
+
+    with inference(tuned):
+        forward = Forward(
+            tuned.body, "causal-lm", None, int(tuned.loaded.tokenizer.pad_token_id or 0)
+        )
+    return forward if forward.is_packed else None
+
+
+class FlatCollator:
+    """Puts all examples of a batch end to end, short ones first, so that equal lengths meet."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
+        """Return `input_ids`, `labels` and `position_ids` of shape (1, tokens), and `lengths`."""
+        own = [example.get("seq_lengths", [len(example["input_ids"])]) for example in examples]
+        lengths = np.concatenate(own).astype(np.int64)
+        order = np.argsort(lengths, kind="stable")
+        take = places_of((np.cumsum(lengths) - lengths)[order], lengths[order])
+        ids, labels = (
+            torch.from_numpy(np.concatenate([example[name] for example in examples])[take])
+            for name in ("input_ids", "labels")
+        )
+        places = torch.cat([torch.arange(length) for length in lengths[order].tolist()])
+        # the first token of an example would be predicted from the example before it
+        labels[places == 0] = IGNORED
+        return {
+            "input_ids": ids[None],
+            "labels": labels[None],
+            "position_ids": places[None],
+            "lengths": lengths[order].tolist(),
+        }
 
 
 class PackCollator:

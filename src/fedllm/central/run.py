@@ -86,19 +86,18 @@ def _carry_out(
 ) -> Path:
     """Train, evaluate and write the result."""
     with uncollected():
-        from fedllm.central.packed import check_packing
+        from fedllm.central.packed import layout
         from fedllm.central.trainers import make_trainer, quiet_trainer
 
     logged = nullcontext() if directory is None else logging_to(directory)
     with directory or nullcontext(), logged:
-        if parts.config.is_packed:
-            check_packing(parts.tuned)
+        flat = layout(parts.config, parts.tuned)
         folder = path / "checkpoints"
         recorder = Recorder(parts, directory, path, watch)
         _restore(recorder, checkpoint, directory, watch)
         with uncollected():
             trainer = make_trainer(
-                parts.config, parts.tuned, parts.train, parts.test, folder, parts.where
+                parts.config, parts.tuned, parts.train, parts.test, folder, parts.where, flat
             )
         recorder.trainer = trainer
         if directory is not None:

@@ -15,7 +15,7 @@ import torch
 
 from fedllm.central.answer_loss import AnswerLoss, fits
 from fedllm.central.arguments import arguments
-from fedllm.central.packed import PackCollator
+from fedllm.central.packed import FlatCollator, PackCollator
 from fedllm.central.rewards import reward_function
 from fedllm.central.stages import STAGES
 from fedllm.central.tuning import Tuned
@@ -25,6 +25,7 @@ from fedllm.starting import import_trl
 
 if TYPE_CHECKING:
     from fedllm.central.tables import Settled
+    from fedllm.engine.forward import Forward
 
 Where = Callable[[Sequence[int]], str]
 """From numbers of training rows to where they stand, for messages."""
@@ -37,6 +38,7 @@ def make_trainer(
     test: Settled | None,
     folder: Path,
     where: Where,
+    flat: Forward | None = None,
 ) -> Any:
     """Return the trainer of a stage.
 
@@ -47,6 +49,7 @@ def make_trainer(
         test: Examples that answers are compared on; None where TRL does not evaluate.
         folder: Where checkpoints go.
         where: Names rows in messages.
+        flat: What keeps the examples of a batch apart in one row (see `packed.layout`).
 
     Raises:
         FedLLMError: If this version of TRL lacks the trainer.
@@ -58,15 +61,25 @@ def make_trainer(
     with quiet_trainer():
         trainer = _watched(base, *((AnswerLoss,) if fits(config.stage, tuned.body) else ()))(
             model=tuned.model,
-            args=settings(**arguments(config, tuned, folder)),
+            args=_on_one_device(settings(**arguments(config, tuned, folder))),
             train_dataset=train,
             **more,
         )
     trainer.where = where
     trainer.token_prompts = train["prompt_ids"] if config.stage == "grpo" else []
     _without_copies(trainer, tuned)
-    _finish(config, trainer)
+    _finish(config, trainer, flat)
     return trainer
+
+
+def _on_one_device(settings: Any) -> Any:
+    """Keep transformers from splitting batches among all GPUs that one process sees.
+
+    Rows, and logits that are asked for by place, cannot be split so; `training.processes` can.
+    """
+    if settings.n_gpu > 1:
+        settings._n_gpu = 1
+    return settings
 
 
 def _more(config: CentralConfig, tuned: Tuned) -> dict[str, Any]:
@@ -81,11 +94,13 @@ def _more(config: CentralConfig, tuned: Tuned) -> dict[str, Any]:
     return more
 
 
-def _finish(config: CentralConfig, trainer: Any) -> None:
+def _finish(config: CentralConfig, trainer: Any, flat: Forward | None) -> None:
     """Set what a trainer takes only after it is made."""
     if config.adapter.loraplus_ratio is not None:
         trainer.optimizer = _loraplus(trainer, config.adapter.loraplus_ratio)
-    if config.is_packed:
+    if flat is not None:
+        trainer.flat, trainer.data_collator = flat, FlatCollator()
+    elif config.is_packed:
         trainer.data_collator = PackCollator(trainer.processing_class.pad_token_id)
     if config.stage != "grpo":
         trainer.data_collator = _Collator(trainer.data_collator, mismatches=config.stage == "kto")

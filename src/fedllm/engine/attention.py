@@ -48,7 +48,7 @@ def packed_attention(
     is_causal: bool | None = None,
     **rules: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each sequence.
+    """Attend within each sequence; return (1, T, heads, head_dim), and no weights.
 
     Args:
         module: The attention layer, which knows whether it is causal.
@@ -59,9 +59,6 @@ def packed_attention(
         is_causal: Overrides what the layer says.
         **rules: `sliding_window` (tokens) and `softcap` are honoured.
 
-    Returns:
-        Output (1, T, heads, head_dim), and no weights.
-
     Raises:
         NotImplementedError: If the model needs another rule; its batches are then padded.
     """
@@ -69,11 +66,15 @@ def packed_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window, softcap = rules.get("sliding_window"), rules.get("softcap")
+    # under autocast, rotary positions leave queries and keys in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if packing.is_one_batch and softcap is None:
         return _one_batch(query, key, value, packing, scale, causal, window), None
-    out: Tensor = PackedAttention.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-        query, key, value, packing.runs, scale, causal, window, softcap
-    )
+    # one dtype throughout, as the backward pass, which is written by hand, has it
+    with torch.autocast(query.device.type, enabled=False):
+        out: Tensor = PackedAttention.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+            query, key, value, packing.runs, scale, causal, window, softcap
+        )
     return out, None
 
 

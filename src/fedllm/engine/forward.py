@@ -76,7 +76,7 @@ class Forward:
             logits: Tensor = out.logits
             return logits[mask.bool()][torch.from_numpy(at).to(self.device)]
         index = torch.from_numpy(at).to(self.device)
-        with self._packed_attention():
+        with self.packed_attention():
             if self.keeps_logits:
                 out = self.model(**self._packed(sequences), use_cache=False, logits_to_keep=index)
                 kept: Tensor = out.logits
@@ -91,7 +91,7 @@ class Forward:
             found: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
             return found
         body = self.model.base_model
-        with self._packed_attention():
+        with self.packed_attention():
             hidden = body(**self._packed(sequences)).last_hidden_state[0]
         starts = sequences.starts
         is_decoder = self.head is not None and self.head.split(".")[-1] == "score"
@@ -112,7 +112,7 @@ class Forward:
             ids, mask = padded(sequences, self.pad_id, self.device)
             hidden: Tensor = body(input_ids=ids, attention_mask=mask).last_hidden_state
             return hidden[torch.arange(len(ids), device=self.device), mask.sum(dim=1) - 1]
-        with self._packed_attention():
+        with self.packed_attention():
             hidden = body(**self._packed(sequences)).last_hidden_state[0]
         places = sequences.starts + sequences.lengths - 1
         return hidden[torch.from_numpy(places).to(self.device)]
@@ -127,7 +127,8 @@ class Forward:
         }
 
     @contextmanager
-    def _packed_attention(self) -> Iterator[None]:
+    def packed_attention(self) -> Iterator[None]:
+        """Let the model attend within sequences inside the block; it then takes `packing`."""
         self._set_attention(attention.NAME)
         try:
             yield
