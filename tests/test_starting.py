@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from fedllm.starting import Distributions, structure_once, uncollected, without_bitsandbytes
+from fedllm.starting import uncollected, without_bitsandbytes
+from fedllm.starting.imports import Distributions
+from fedllm.starting.index import indexing
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -66,7 +70,7 @@ assert is_bnb_available()
 
 
 @pytest.mark.slow
-def test_transformers_knows_all_its_models_though_it_looked_for_them_only_once() -> None:
+def test_transformers_knows_all_its_models_by_the_index(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -74,38 +78,101 @@ from fedllm.starting import import_transformers, import_trl
 import_transformers()
 assert "scipy" not in sys.modules
 import transformers.models as told
-from transformers.utils.import_utils import _LazyModule, define_import_structure
-from transformers.utils import is_scipy_available
-file = str(Path(told.__file__))
-found = _LazyModule(told.__name__, file, define_import_structure(file))
-for name in ("_modules", "_class_to_module", "_import_structure", "_object_missing_backend"):
+from transformers.utils.import_utils import _LazyModule, create_import_structure_from_path
+from transformers.utils.import_utils import is_scipy_available, spread_import_structure
+folder = Path(told.__file__).parent
+read = spread_import_structure(create_import_structure_from_path(str(folder)))
+found = _LazyModule(told.__name__, str(folder / "__init__.py"), read)
+for name in ("_modules", "_class_to_module", "_object_missing_backend"):
     assert getattr(found, name) == getattr(told, name), name
+one, other = ({k: sorted(v) for k, v in m._import_structure.items()} for m in (found, told))
+assert one == other
 assert set(found.__all__) == set(told.__all__) and len(found.__all__) > 1000
 assert is_scipy_available()
+from transformers import LlamaForCausalLM
+from transformers.models.gpt2 import GPT2Config
 import_trl()
 import importlib.metadata
 assert "numpy" in importlib.metadata.packages_distributions()
 assert importlib.metadata.packages_distributions.__module__ == "importlib.metadata"
+assert not any("fedllm" in type(finder).__module__ for finder in sys.meta_path)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    for _ in range(2):  # the files are read, then the index
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
+        assert len(list((tmp_path / "fedllm" / "transformers").iterdir())) == 1
 
 
-def test_a_structure_without_its_first_answer_is_looked_for() -> None:
-    asked = []
+@dataclass
+class Files:
+    """Stands for transformers, which reads its files."""
 
-    def define(path: str | Path, prefix: str | None = None) -> dict[frozenset[str], dict[str, set]]:
-        asked.append((str(path), prefix))
-        return {frozenset(): {f"{prefix}.a.b": {"B"}, "trainer": {"T"}}}
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
 
-    known = structure_once(define)
-    assert known("x/models/__init__.py") == {frozenset(): {"a.b": {"B"}}}
-    assert known("x/other/__init__.py") == {frozenset(): {"None.a.b": {"B"}, "trainer": {"T"}}}
-    assert known("x/models/__init__.py", "p")[frozenset()].keys() == {"p.a.b", "trainer"}
-    assert asked == [
-        ("x/models", "models"),
-        ("x/other/__init__.py", None),
-        ("x/models/__init__.py", "p"),
-    ]
+    def __call__(
+        self, path: str | Path, prefix: str | None = None
+    ) -> dict[frozenset[str], dict[str, set[str]]]:
+        self.asked.append((str(path), prefix))
+        return {frozenset(["torch"]): {"a.b": {"B", "C"}}, frozenset(): {"a.c": {"D"}}}
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the folder of a transformers without models, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "transformers" / "models"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_files_are_read_once_for_all_starts(models: Path) -> None:
+    first, second = Files(), Files()
+    expected = {frozenset(["torch"]): {"m.a.b": {"B", "C"}}, frozenset(): {"m.a.c": {"D"}}}
+    found = indexing(first)(models, prefix="m")
+    assert found == expected
+    found[frozenset()]["added"] = {"E"}  # as transformers does
+    assert indexing(first)(str(models / "__init__.py")) == Files()("x")
+    assert indexing(second)(models, prefix="m") == expected
+    assert [path for path, _ in first.asked] == [str(models)]
+    assert second.asked == []
+
+
+def test_other_folders_are_asked_for_as_ever(tmp_path: Path) -> None:
+    files = Files()
+    indexing(files)("transformers/models/llama/__init__.py")
+    indexing(files)(tmp_path, "x")
+    assert files.asked == [("transformers/models/llama/__init__.py", None), (str(tmp_path), "x")]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "[[1, 2]]", "not json"])
+def test_a_damaged_index_is_made_anew(models: Path, text: str) -> None:
+    indexing(Files())(models)
+    (file,) = (Path(os.environ["XDG_CACHE_HOME"]) / "fedllm" / "transformers").iterdir()
+    whole = file.read_text()
+    file.write_text(text)
+    files = Files()
+    assert indexing(files)(models) == Files()("x")
+    assert len(files.asked) == 1
+    assert file.read_text() == whole
+
+
+def test_another_version_has_another_index(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    indexing(Files())(models)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    files = Files()
+    indexing(files)(models)
+    assert files.asked
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        files = Files()
+        assert indexing(files)(models) == Files()("x")
+        assert files.asked
 
 
 def test_distributions_are_those_that_python_finds() -> None:

@@ -1,4 +1,4 @@
-"""What makes a start quick: no package that is not needed, nothing looked up twice."""
+"""Imports of large packages, without what only others need."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-_CHECKS = "transformers.utils.import_utils"
-
-Structure = dict[frozenset[str], dict[str, set[str]]]
-"""By backends asked for: names of modules to the objects they offer."""
+from fedllm.starting.index import IMPORT_UTILS, indexed
 
 
 @contextmanager
@@ -81,23 +77,18 @@ def uncollected() -> Iterator[None]:
 
 
 def import_transformers() -> None:
-    """Import transformers ahead of whoever asks for it first, in three quarters of the time.
+    """Import transformers ahead of whoever asks for it first, in two thirds of the time.
 
-    It reads all its source files to learn what they offer, once for `transformers` and once more
-    for `transformers.models`; the second time it is told what it found the first. And its losses
-    of object detection, which every model draws in and we never use, import SciPy's optimisers:
-    they do without; SciPy can be imported afterwards as ever.
+    Its losses of object detection, which every model draws in and we never use, import SciPy's
+    optimisers: they do without; SciPy can be imported afterwards as ever.
     """
     if "transformers.modeling_utils" in sys.modules:
         return
     with uncollected():
-        importlib.import_module("transformers")
-        checks = importlib.import_module(_CHECKS)
-        define = structure_once(checks.define_import_structure)
-        with _replaced(checks, "define_import_structure", define):
+        with indexed():
             importlib.import_module("transformers.models")
         # only now: before, it notes which of its objects cannot be had
-        with without("scipy", _CHECKS, "is_scipy_available"):
+        with without("scipy", IMPORT_UTILS, "is_scipy_available"):
             importlib.import_module("transformers.modeling_utils")
 
 
@@ -129,31 +120,6 @@ class Distributions(dict[str, list[str]]):
         except importlib.metadata.PackageNotFoundError:
             return self._find_all()[package]
         return [package]
-
-
-def structure_once(define: Callable[..., Structure]) -> Callable[..., Structure]:
-    """Let transformers find what its models offer by what it has found already.
-
-    Args:
-        define: Its `define_import_structure`, which remembers its answers, but by its arguments:
-            `transformers` and `transformers.models` ask for the same with different ones.
-    """
-
-    def known(path: str | Path, prefix: str | None = None) -> Structure:
-        file = Path(path)
-        if prefix is not None or (file.parent.name, file.name) != ("models", "__init__.py"):
-            return define(path, prefix)
-        # transformers adds its own modules to the answer, which are none of the models
-        return {
-            backends: {
-                name.removeprefix("models."): objects
-                for name, objects in modules.items()
-                if name.startswith("models.")
-            }
-            for backends, modules in define(file.parent, prefix="models").items()
-        }
-
-    return known
 
 
 @contextmanager
