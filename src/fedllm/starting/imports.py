@@ -77,7 +77,7 @@ def uncollected() -> Iterator[None]:
 
 
 def import_transformers() -> None:
-    """Import transformers ahead of whoever asks for it first, in two thirds of the time.
+    """Import transformers ahead of whoever asks for it first, without what we never use.
 
     Its losses of object detection, which every model draws in and we never use, import SciPy's
     optimisers: they do without; SciPy can be imported afterwards as ever.
