@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from conformance.cases import CASES
 from conformance.setups import Setup
@@ -254,6 +255,27 @@ def test_once_enough_are_there_nobody_else_is_asked() -> None:
     assert [cid % 5 == 0 for cid in asked] == [False] * (len(asked) - 1) + [True]
 
 
+@pytest.mark.parametrize(("share", "most"), [(0.5, 3), (0.15, 4), (0.01, 33)])
+def test_few_draws_find_a_cohort(share: float, most: int) -> None:
+    """Later draws are as large as the share of those who are there asks for."""
+
+    class Partly(Ideal):
+        def window(self, cid: int, time_s: float) -> tuple[float, float]:
+            is_there = uniform(0, "there", cid) < share
+            return (0.0, math.inf) if is_there else (1.0, math.inf)
+
+    draws: list[int] = []
+
+    def stream(draw: int) -> np.random.Generator:
+        draws.append(draw)
+        return rng(1, "cohort", draw)
+
+    chosen = Selection(Partly(), range(10**6)).choose(BaseServer(), 100, 0.0, stream)
+    assert len({cid for cid, _, _ in chosen}) == len(chosen) == 100
+    assert all(open_s == 0.0 for _, open_s, _ in chosen)
+    assert len(draws) <= most
+
+
 def test_the_cost_of_a_draw_is_bounded_where_nobody_will_come() -> None:
     asked = []
 
@@ -265,7 +287,7 @@ def test_the_cost_of_a_draw_is_bounded_where_nobody_will_come() -> None:
         BaseServer(), 10, 0.0, lambda draw: rng(1, "cohort", draw)
     )
     assert chosen == []
-    assert len(asked) <= 10 + 16 * MOST_DRAWS
+    assert len(asked) <= 10 + 4 * 10 * MOST_DRAWS
 
 
 def test_a_sequence_visits_everyone_once_in_a_cycle_and_passes_over_who_never_comes() -> None:

@@ -20,8 +20,10 @@ from fedllm.system import World
 
 MOST_DRAWS = 32
 """How often is drawn again for those still lacking."""
-_FEWEST = 16
-"""Clients in a second or later draw."""
+_FEWEST, _MOST = 16, 4
+"""Least clients in a second or later draw, and most, in cohorts."""
+_MARGIN = 1.25
+"""How many more are drawn than should be enough, so that few draws are needed."""
 
 
 Chosen = tuple[ClientId, float, float]
@@ -79,7 +81,8 @@ class Selection:
             is_enough = len(there) >= count or len(seen) >= len(self.pool)
             if not is_repeated or is_enough or draw == MOST_DRAWS:
                 break
-            drawn = server.sample(self.pool, max(count - len(there), _FEWEST), stream(draw))
+            size = _next_draw(count, len(there), len(seen))
+            drawn = server.sample(self.pool, size, stream(draw))
         if not is_repeated:
             return [*there, *absent]
         # whoever comes next; among equals, whoever was drawn first
@@ -133,3 +136,9 @@ class Selection:
             there.append((cid, open_s, close_s))
             if len(there) == most:
                 break
+
+
+def _next_draw(count: int, there: int, seen: int) -> int:
+    """Return how many to draw for those still lacking, by the share of the drawn who are there."""
+    likely = math.ceil(_MARGIN * (count - there) * seen / max(there, 1))
+    return max(min(likely, _MOST * count), _FEWEST)
