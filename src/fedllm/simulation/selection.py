@@ -85,8 +85,7 @@ class Selection:
             drawn = server.sample(self.pool, size, stream(draw))
         if not is_repeated:
             return [*there, *absent]
-        # whoever comes next; among equals, whoever was drawn first
-        absent.sort(key=_opening)
+        absent.sort(key=_opening)  # among equals, whoever was drawn first
         return [*there, *absent][:count]
 
     def walk(self, walked: int, now_s: float, is_reshuffled: bool) -> tuple[int, list[Chosen]]:
