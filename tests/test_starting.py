@@ -164,6 +164,15 @@ def test_another_version_has_another_index(models: Path, monkeypatch: pytest.Mon
     assert files.asked
 
 
+def test_a_version_under_work_has_none(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.0.dev0")
+    files = Files()
+    indexing(files)(models)
+    indexing(files)(models)
+    assert len(files.asked) == 2
+    assert not (Path(os.environ["XDG_CACHE_HOME"]) / "fedllm").exists()
+
+
 def test_a_cache_that_cannot_be_written_is_not_needed(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ def draw(directory: RunDir) -> Path | None:
     steps, losses = zip(*((line["current_steps"], line["loss"]) for line in lines), strict=True)
     axes.plot(steps, losses, color=style.BLUE, marker="." if len(lines) < _FEW else "")
     axes.set_title("Training loss by step", loc="left")
-    axes.set_xlabel("step")
+    style.round_axis(axes, "step")
     # it is per token in sft and pt alone
     axes.set_ylabel("loss")
     path = directory.path / "plots" / "training_loss.png"

@@ -69,7 +69,7 @@ class _Head:
             self.is_through = True
             self._rows = iter(self._open())
             self._next = next(self._rows)
-        return taken  # type: ignore[return-value]
+        return taken  # type: ignore[return-value]  # never the mark of the end
 
 
 def _order(

@@ -51,9 +51,9 @@ def metric_axis(axis: Any, metric: str) -> None:
         axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=None))
 
 
-def round_axis(axes: Any) -> None:
-    """Label the horizontal axis with whole rounds."""
-    axes.set_xlabel("round")
+def round_axis(axes: Any, label: str = "round") -> None:
+    """Label the horizontal axis with whole rounds, or with what else is counted."""
+    axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
