@@ -50,7 +50,8 @@ class Server(BaseServer):
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Give everyone the same."""
-        return [_JOB.filled(cid=cid) for cid in cohort]
+        for cid in cohort:
+            yield _JOB.filled(cid=cid)
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Leave everything as it is."""
@@ -93,6 +94,7 @@ class World(Ideal):
 
     def __init__(self, trace: WindowTrace) -> None:
         self.window = trace.window  # type: ignore[method-assign, assignment]
+        self.windows = trace.windows  # type: ignore[method-assign, assignment]
 
     def fit_s(self, cid: int, work: Work) -> float:
         """Return five minutes."""

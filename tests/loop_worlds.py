@@ -20,7 +20,7 @@ PERIOD_S = 100.0
 
 
 @dataclass(frozen=True)
-class Slow:
+class Slow(World):
     """Client k is there from 7 k s to 7 k + 60 s of every 100 s; everything takes time."""
 
     pace: Mapping[int, float] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from fedllm.experiment.run import CODEC
 from fedllm.seeding import uniform
 from fedllm.simulation import Async, Buffered, Loop, Round, Schedule, SemiSync, Sequential, Sync
-from fedllm.system import Work
+from fedllm.system import Work, World
 
 FEDIT = Setup(next(case for case in CASES if case.name == "fedit"))
 PERIOD_S = 50.0
@@ -28,7 +28,7 @@ ROUNDS = 12
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(World):
     """A world whose every answer is drawn from (seed, client); windows come back every 50 s."""
 
     seed: int

@@ -203,9 +203,7 @@ class Half(Ideal):
 
 def drawn(policy: Any, count: int, *, pool: int = 10_000, free: Any = None) -> list[int]:
     selection = Selection(Half(), range(pool), policy)
-    chosen = selection.choose(
-        BaseServer(), count, 0.0, lambda draw: rng(5, "cohort", 0, *([draw] if draw else [])), free
-    )
+    chosen = selection.choose(BaseServer(), count, 0.0, rng(5, "cohort", 0), free)
     return [cid for cid, *_ in chosen]
 
 
@@ -247,9 +245,7 @@ def test_once_enough_are_there_nobody_else_is_asked() -> None:
             asked.append(cid)
             return float(cid % 5 != 0), math.inf
 
-    chosen = Selection(Fifth(), range(10_000)).choose(
-        BaseServer(), 1, 0.0, lambda draw: rng(2, "cohort", draw)
-    )
+    chosen = Selection(Fifth(), range(10_000)).choose(BaseServer(), 1, 0.0, rng(2, "cohort"))
     assert [cid for cid, *_ in chosen] == asked[-1:]
     assert len(asked) > 1  # more than the first draw
     assert [cid % 5 == 0 for cid in asked] == [False] * (len(asked) - 1) + [True]
@@ -266,11 +262,13 @@ def test_few_draws_find_a_cohort(share: float, most: int) -> None:
 
     draws: list[int] = []
 
-    def stream(draw: int) -> np.random.Generator:
-        draws.append(draw)
-        return rng(1, "cohort", draw)
+    class Counting(BaseServer):
+        def sample(self, pool: Any, count: int, rng: np.random.Generator) -> Any:
+            draws.append(count)
+            return super().sample(pool, count, rng)
 
-    chosen = Selection(Partly(), range(10**6)).choose(BaseServer(), 100, 0.0, stream)
+    stream = rng(1, "cohort")
+    chosen = Selection(Partly(), range(10**6)).choose(Counting(), 100, 0.0, stream)
     assert len({cid for cid, _, _ in chosen}) == len(chosen) == 100
     assert all(open_s == 0.0 for _, open_s, _ in chosen)
     assert len(draws) <= most
@@ -283,9 +281,7 @@ def test_the_cost_of_a_draw_is_bounded_where_nobody_will_come() -> None:
         def window(self, cid: int, time_s: float) -> tuple[float, float] | None:
             asked.append(cid)
 
-    chosen = Selection(Empty(), range(10**6)).choose(
-        BaseServer(), 10, 0.0, lambda draw: rng(1, "cohort", draw)
-    )
+    chosen = Selection(Empty(), range(10**6)).choose(BaseServer(), 10, 0.0, rng(1, "cohort"))
     assert chosen == []
     assert len(asked) <= 10 + 4 * 10 * MOST_DRAWS
 

@@ -109,7 +109,7 @@ def test_a_window_at_the_end_and_one_at_the_beginning_are_one(
 @pytest.mark.parametrize("edge", [0.5, 2.0**31, 1e300])
 def test_seconds_that_take_more_than_four_bytes_are_kept_as_they_are(edge: float) -> None:
     trace = WindowTrace.of({"a": [(0.25, edge)]}, 2 * edge)
-    assert trace.windows(0) == [(0.25, edge)]
+    assert trace.listed(0) == [(0.25, edge)]
 
 
 def test_beyond_a_trace_that_does_not_come_again_nothing_is_known() -> None:
@@ -163,6 +163,40 @@ def test_asking_again_gives_the_same_and_changes_nothing(own: list[tuple[float, 
     times = [random.Random(4).uniform(0, 99) for _ in range(9)]
     first = [trace.window(0, time_s) for time_s in times]
     assert [trace.window(0, time_s) for time_s in reversed(times)][::-1] == first
+
+
+@given(
+    st.lists(windows, min_size=1, max_size=4),
+    st.one_of(st.floats(0, 3 * SPAN), st.integers(0, 3 * SPAN).map(float)),
+    st.booleans(),
+    st.sampled_from([None, (4.0, 30.0), (5.0, 5.0)]),
+    st.sampled_from(["wrap", "available", "unavailable"]),
+)
+def test_clients_asked_together_are_answered_as_one_by_one(
+    clients: list[list[tuple[float, float]]],
+    time_s: float,
+    wraps: bool,
+    cover: tuple[float, float] | None,
+    unknown: Unknown,
+) -> None:
+    named = {str(place): own for place, own in enumerate(clients)}
+    coverage = {"0": cover} if cover else {}
+    trace = WindowTrace.of(named, float(SPAN), wraps=wraps, coverage=coverage, unknown=unknown)
+    for asked in (list(range(len(clients))), list(range(len(clients))) * 40):
+        alone = [trace.window(index, time_s) for index in asked]
+        assert list(trace.windows(asked, time_s)) == alone
+
+
+def test_many_windows_asked_together() -> None:
+    stream = np.random.default_rng(0)
+    own = {
+        str(cid): [(float(t), t + 0.5) for t in np.unique(stream.integers(0, 999, size=cid))]
+        for cid in range(150)
+    }
+    trace, asked = WindowTrace.of(own, 1000.0), list(range(150))
+    for time_s in (0.0, 0.5, 400.25, 999.0, 1_500_400.25):
+        alone = [trace.window(index, time_s) for index in asked]
+        assert list(trace.windows(asked, time_s)) == alone
 
 
 def test_fedscale_s_example_asked_three_times() -> None:

@@ -143,7 +143,7 @@ def plot(
             raise DataError(f"{file} holds no window, so there is nothing to draw")
         span = trace.span_s
         drawn = {
-            str(trace.names[index]): [(low, min(high, span)) for low, high in trace.windows(index)]
+            str(trace.names[index]): [(low, min(high, span)) for low, high in trace.listed(index)]
             for index in range(min(trace.num_clients, _DRAWN))
         }
         times = [span * step / _STEPS for step in range(_STEPS)]

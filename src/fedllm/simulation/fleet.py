@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -79,31 +79,45 @@ class Fleet:
             counts["paused" if flight.is_paused else flight.phase.value] += 1
         return counts
 
-    def call(self, chosen: Iterable[Chosen], group: int) -> None:
-        """Wait for clients; who is inside a window comes at once."""
-        now, push = self.queue.now_s, self.queue.push
-        for cid, open_s, close_s in chosen:
-            self.dispatched += 1
-            self.awaited[cid] = Awaited(self.dispatched, group, close_s)
-            push(open_s if open_s > now else now, WINDOW_OPEN, cid, self.dispatched)
-
-    def take_off(self, cid: ClientId, latest_s: float) -> Flight:
-        """Give a client that has come its job.
+    def call(self, chosen: Sequence[Chosen], group: int, latest_s: float) -> list[Flight]:
+        """Send for clients: who is inside a window gets a job at once, the others are waited for.
 
         Args:
-            cid: Who was waited for.
+            chosen: Who, and when they come.
+            group: That they are sent for.
             latest_s: Virtual time after which an arrival is of no use.
         """
-        now, awaited = self.queue.now_s, self.awaited.pop(cid)
-        version = self.server.version
-        self.diary.come(now, version, cid, awaited.number, _AVAILABLE, awaited.close_s)
-        flight = self._prepare(cid, awaited)
+        now, flights = self.queue.now_s, list[Flight]()
+        there = [cid for cid, open_s, _ in chosen if open_s <= now]
+        jobs = iter(self.server.local_run(there))
+        for cid, open_s, close_s in chosen:
+            self.dispatched += 1
+            if open_s <= now:
+                flight = self._take_off(next(jobs), self.dispatched, group, close_s, latest_s)
+                flights.append(flight)
+            else:
+                self.awaited[cid] = Awaited(self.dispatched, group, close_s)
+                self.queue.push(open_s, WINDOW_OPEN, cid, self.dispatched)
+        return flights
+
+    def come(self, cid: ClientId, latest_s: float) -> Flight:
+        """Give a client that was waited for its job, now that its window has opened."""
+        own, job = self.awaited.pop(cid), next(iter(self.server.local_run([cid])))
+        return self._take_off(job, own.number, own.group, own.close_s, latest_s)
+
+    def _take_off(
+        self, job: Job, number: int, group: int, close_s: float, latest_s: float
+    ) -> Flight:
+        """Let a client begin that is there."""
+        now, cid, world = self.queue.now_s, job.cid, self.world
+        self.diary.come(now, self.server.version, cid, number, _AVAILABLE, close_s)
+        flight = self._prepare(job, number, group, close_s)
         trained = now + flight.left_s
-        upload_s = self.world.upload_s(cid, flight.up_bytes, trained, 1)
+        upload_s = world.upload_s(cid, flight.up_bytes, trained, 1)
         busy_s = flight.left_s + upload_s
         flight.expected_s = trained + upload_s
-        flight.leaves_after_s = self.world.drops_after_s(cid, flight.number, busy_s)
-        is_cut = self.at_window_close != "pause" and flight.expected_s > flight.close_s
+        flight.leaves_after_s = world.drops_after_s(cid, number, busy_s)
+        is_cut = self.at_window_close != "pause" and flight.expected_s > close_s
         is_late = flight.expected_s > latest_s
         flight.is_doomed = is_cut or is_late or busy_s > flight.leaves_after_s
         self._push_next(flight, TRAINING_DONE)
@@ -118,10 +132,10 @@ class Fleet:
         self.diary.come(now, self.server.version, cid, flight.number, state, flight.close_s)
         self._push_next(flight, TRAINING_DONE if is_training else UPLOAD_DONE)
 
-    def _prepare(self, cid: ClientId, awaited: Awaited) -> Flight:
-        """Make the job, and work out how long it takes."""
-        now, close_s, contacts = self.queue.now_s, awaited.close_s, self.server.contacts
-        job = self._complete(next(iter(self.server.local_run([cid]))))
+    def _prepare(self, job: Job, number: int, group: int, close_s: float) -> Flight:
+        """Fill in the job, and work out how long it takes."""
+        now, contacts = self.queue.now_s, self.server.contacts
+        job, cid = self._complete(job), job.cid
         known_before = contacts.get(cid)
         contacts[cid] = self.server.version
         down_bytes = self.transport.down_nbytes(job.payload)
@@ -132,8 +146,8 @@ class Fleet:
         train_s = self._fit_s(job)
         flight = Flight(
             job,
-            awaited.number,
-            awaited.group,
+            number,
+            group,
             now,
             now,
             close_s,

@@ -33,10 +33,12 @@ class Computation:
     wall_s: float = 0.0
     """Real seconds since they were last asked for."""
 
-    def begin(self, flight: Flight) -> None:
-        """Compute a new job at once, as `eager` has it."""
-        if not flight.is_doomed or self.lost == "compute":
-            self._run([flight.job])
+    def begin(self, flights: Iterable[Flight]) -> None:
+        """Compute new jobs at once, where that is asked for."""
+        if self.compute == "eager":
+            for flight in flights:
+                if not flight.is_doomed or self.lost == "compute":
+                    self._run([flight.job])
 
     def compute_with(self, flight: Flight, others: Iterable[Flight], room: int | None) -> None:
         """Compute a job whose result is needed now, and others along with it.

@@ -111,18 +111,18 @@ class Loop:
                 yield self._aggregate(ready, is_last=self.server.version + 1 == rounds)
                 continue
             self.is_stirred = False
-            self._fill()
-            self.ended = self._end() or self._advance()
+            self.ended = self._go_on()
             if self.ended:
                 yield self._aggregate(None, is_last=True)
 
-    def _end(self) -> str:
-        """Say why the run ends here; empty if it goes on."""
-        if not self.queue:
-            return "no client that could be chosen will ever be available again"
+    def _go_on(self) -> str:
+        """Send for clients and let things happen; say why the run ends, if it does."""
         if self.losses >= MOST_LOSSES:
             return f"{self.losses} jobs in a row were lost and nothing arrived"
-        return ""
+        self._fill()
+        if not self.queue:
+            return "no client that could be chosen will ever be available again"
+        return self._advance()
 
     def _advance(self) -> str:
         """Let things happen until the server may act; say why the run ends, if it does."""
@@ -164,7 +164,13 @@ class Loop:
             chosen = self.recruiter.recruit(order, self.queue.now_s)
             if chosen and not self.schedule.is_stream:
                 self._begin(order.group, [cid for cid, _, _ in chosen])
-            self.fleet.call(chosen, order.group)
+            latest_s = self._latest_s(order.group)
+            self.computation.begin(self.fleet.call(chosen, order.group, latest_s))
+
+    def _latest_s(self, group: int) -> float:
+        """Return the virtual time after which a group needs no arrival of those called now."""
+        is_limited = self.deadlines and not self.schedule.is_stream
+        return self.deadlines[group][1] if is_limited else math.inf
 
     def _begin(self, group: int, asked: Sequence[ClientId] = ()) -> None:
         """Open a group, and set its deadline."""
@@ -182,11 +188,7 @@ class Loop:
         if kind is events.WINDOW_OPEN:
             awaited = self.fleet.awaited.get(cid)
             if awaited is not None and awaited.number == number:
-                is_limited = self.deadlines and not self.schedule.is_stream
-                latest_s = self.deadlines[awaited.group][1] if is_limited else math.inf
-                flight = self.fleet.take_off(cid, latest_s)
-                if self.compute == "eager":
-                    self.computation.begin(flight)
+                self.computation.begin([self.fleet.come(cid, self._latest_s(awaited.group))])
         elif kind is events.DEADLINE:
             self._deadline(number)
 
@@ -241,9 +243,8 @@ class Loop:
     def _dismiss(self, outcome: str, group: int | None = None) -> None:
         """Send clients home whose updates are of no use any more: a group's, or all."""
         fleet, losses = self.fleet, self.losses
-        for cid, awaited in list(fleet.awaited.items()):
-            if group in (None, awaited.group):
-                del fleet.awaited[cid]
+        for cid in [cid for cid, own in fleet.awaited.items() if group in (None, own.group)]:
+            del fleet.awaited[cid]
         for flight in sorted(fleet.flights.values(), key=lambda flight: flight.cid):
             if group in (None, flight.group):
                 self._lose(flight, outcome)

@@ -36,7 +36,7 @@ class Recruiter:
             self.server,
             order.size,
             now_s,
-            lambda draw: rng(seed, *name, *([draw] if draw else [])),
+            rng(seed, *name),
             self._is_free(order.group),
         )
 

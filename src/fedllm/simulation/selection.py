@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,7 +52,7 @@ class Selection:
         server: BaseServer,
         count: int,
         now_s: float,
-        stream: Callable[[int], np.random.Generator],
+        stream: np.random.Generator,
         is_free: Callable[[ClientId], bool] | None = None,
     ) -> list[Chosen]:
         """Return clients with their windows, in the order in which they were drawn.
@@ -64,25 +64,26 @@ class Selection:
             server: Says how it samples.
             count: How many are wanted.
             now_s: Virtual time.
-            stream: Number of the draw to its random stream.
+            stream: Random stream of all draws, one after another.
             is_free: Tells who may be chosen; absent: everyone.
         """
-        drawn = server.sample(self.pool, count, stream(0))
+        drawn = server.sample(self.pool, count, stream)
         # a stage may ask everyone, and some methods have an order of their own
         is_repeated = server.is_random_cohort and len(drawn) == count < len(self.pool)
         # who is drawn of `any` must not depend on who is there
         is_repeated &= self.policy != "any" or is_free is not None
         there, absent, seen = list[Chosen](), list[Chosen](), set[ClientId]()
         most = len(drawn)
-        for draw in range(1, MOST_DRAWS + 1):
+        for draw in range(MOST_DRAWS):
             fresh = [cid for cid in drawn if cid not in seen]
             seen.update(fresh)
-            self._ask(filter(is_free, fresh) if is_free else fresh, now_s, there, absent, most)
+            free = fresh if is_free is None else [cid for cid in fresh if is_free(cid)]
+            self._ask(free, now_s, there, absent, most)
             is_enough = len(there) >= count or len(seen) >= len(self.pool)
-            if not is_repeated or is_enough or draw == MOST_DRAWS:
+            if not is_repeated or is_enough or draw == MOST_DRAWS - 1:
                 break
             size = _next_draw(count, len(there), len(seen))
-            drawn = server.sample(self.pool, size, stream(draw))
+            drawn = server.sample(self.pool, size, stream)
         if not is_repeated:
             return [*there, *absent]
         absent.sort(key=_opening)  # among equals, whoever was drawn first
@@ -113,7 +114,7 @@ class Selection:
 
     def _ask(
         self,
-        cids: Iterable[ClientId],
+        cids: Sequence[ClientId],
         now_s: float,
         there: list[Chosen],
         absent: list[Chosen],
@@ -123,9 +124,8 @@ class Selection:
 
         Once `most` are there, nobody else is asked.
         """
-        window, latest_s = self.world.window, math.inf if self.policy == "any" else now_s
-        for cid in cids:
-            found = window(cid, now_s)
+        latest_s = math.inf if self.policy == "any" else now_s
+        for cid, found in zip(cids, self.world.windows(cids, now_s), strict=False):
             if found is None:
                 continue
             open_s, close_s = found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -24,14 +25,19 @@ _DAYS_SEARCHED = 400
 _LENGTH_SPREAD = 0.25
 
 
-class Windows(Protocol):
-    """Answers when a client is there; see `World.window`."""
+class Windows(ABC):
+    """Answers when a client is there; see `World`."""
 
+    @abstractmethod
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first window that ends after `time_s`."""
 
+    def windows(self, cids: Sequence[int], time_s: float) -> Iterable[Window | None]:
+        """Return the same of several clients, asked as they are read."""
+        return (self.window(cid, time_s) for cid in cids)
 
-class AlwaysThere:
+
+class AlwaysThere(Windows):
     """Everyone, all the time."""
 
     def window(self, cid: int, time_s: float) -> Window | None:
@@ -40,7 +46,7 @@ class AlwaysThere:
 
 
 @dataclass(frozen=True)
-class Renewals:
+class Renewals(Windows):
     """Windows and the times between them are drawn; after 32 of them they repeat.
 
     Where a client is in its period at time 0 is drawn, too, so that the share of clients that are
@@ -89,7 +95,7 @@ class Renewals:
 
 
 @dataclass(frozen=True)
-class Days:
+class Days(Windows):
     """A window on each day on which a client comes, by its local time."""
 
     config: Diurnal
@@ -139,9 +145,12 @@ class Trace(Protocol):
     def window(self, index: int, time_s: float) -> Window | None:
         """Return the first window of a client that ends after `time_s`."""
 
+    def windows(self, indices: Sequence[int], time_s: float) -> Iterable[Window | None]:
+        """Return the same of several clients."""
+
 
 @dataclass(frozen=True)
-class FromTrace:
+class FromTrace(Windows):
     """Windows as a trace has them."""
 
     trace: Trace
@@ -150,9 +159,16 @@ class FromTrace:
 
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first window that ends after `time_s`."""
+        return self.trace.window(self._index(cid), time_s)
+
+    def windows(self, cids: Sequence[int], time_s: float) -> Iterable[Window | None]:
+        """Return the same of several clients, whom the trace answers together."""
+        return self.trace.windows([self._index(cid) for cid in cids], time_s)
+
+    def _index(self, cid: int) -> int:
+        """Return the client of the trace that a client takes after."""
         count = self.trace.num_clients
-        index = int(uniform(self.seed, "trace", cid) * count) if self.is_drawn else cid % count
-        return self.trace.window(index, time_s)
+        return int(uniform(self.seed, "trace", cid) * count) if self.is_drawn else cid % count
 
 
 def windows_of(config: Availability, seed: int) -> Windows:

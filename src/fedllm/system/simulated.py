@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from fedllm.config import SystemConfig
@@ -42,6 +43,10 @@ class SimulatedWorld:
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first availability window that ends after `time_s`."""
         return self._windows.window(cid, time_s)
+
+    def windows(self, cids: Sequence[int], time_s: float) -> Iterable[Window | None]:
+        """Return the same of several clients."""
+        return self._windows.windows(cids, time_s)
 
     def fit_s(self, cid: int, work: Work) -> float:
         """Return the seconds that local training takes."""

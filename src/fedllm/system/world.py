@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -32,6 +33,13 @@ class World(Protocol):
         A window that never closes ends at infinity. None means the client never comes back.
         """
 
+    def windows(self, cids: Sequence[int], time_s: float) -> Iterable[tuple[float, float] | None]:
+        """Return what `window` returns, of several clients in turn; not all of it may be read.
+
+        A world that inherits this one answers them one by one, as they are read.
+        """
+        return (self.window(cid, time_s) for cid in cids)
+
     def fit_s(self, cid: int, work: Work) -> float:
         """Return the seconds that this work takes on the client's device, loading included."""
 
@@ -60,7 +68,7 @@ class World(Protocol):
         """Return the joules that so many seconds of work cost the client."""
 
 
-class Ideal:
+class Ideal(World):
     """Infinitely fast devices and links, always available: prototype mode."""
 
     def window(self, cid: int, time_s: float) -> tuple[float, float] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +15,16 @@ from fedllm.errors import DataError
 
 Window = tuple[float, float]
 Unknown = Literal["unavailable", "available", "wrap"]
+_FEW = 32
+"""Fewer clients than these are asked one by one, which is then faster."""
 
 
 @dataclass(frozen=True)
 class WindowTrace:
     """When each of many clients is there.
 
-    Memory: two numbers a window and three a client; whole seconds take four bytes. A question costs
-    a bisection.
+    Memory: two numbers a window and up to five a client; whole seconds take four bytes. A question
+    costs a bisection; a hundred asked together share its steps.
 
     Client k's windows lie at `offsets[k]` to `offsets[k + 1]`, in ascending order, not touching,
     within its period, which begins at `starts[k]` and comes again after `periods[k]` seconds; where
@@ -40,13 +42,24 @@ class WindowTrace:
     """Virtual seconds that the trace covers."""
     source: str = ""
     _views: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    _periodic: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
+    """Starts, periods (1 where they are of no length, and nobody is there), and after how many
+    seconds windows come again: 0 where nothing does."""
+    _stride: int = field(default=0, repr=False, compare=False)
+    """The first step of a bisection among the most windows that a client has."""
 
     def __post_init__(self) -> None:
         """Make views that plain Python reads fast."""
         arrays: tuple[Any, ...] = (self.opens, self.closes, self.offsets)
         views = [np.ascontiguousarray(array).data for array in arrays]
-        views += [_shared(array).data for array in (self.starts, self.periods)]
+        starts, periods = _shared(self.starts), _shared(self.periods)
+        views += [starts.data, periods.data]
         object.__setattr__(self, "_views", tuple(views))
+        repeats = _shared(np.where(np.isinf(self.periods), 0.0, self.periods))
+        lengths = _shared(np.where(self.periods == 0.0, 1.0, self.periods))
+        object.__setattr__(self, "_periodic", (starts, lengths, repeats))
+        most = int(np.diff(self.offsets).max(initial=0))
+        object.__setattr__(self, "_stride", 1 << most.bit_length() >> 1)
 
     @property
     def num_clients(self) -> int:
@@ -95,12 +108,44 @@ class WindowTrace:
                 open_s = opens[high - 1] + shift - period
         return open_s, close_s
 
+    def windows(self, indices: Sequence[int], time_s: float) -> Iterable[Window | None]:
+        """Return what `window` returns, of several clients.
+
+        Most are answered together; those near the seam of their period are asked one by one.
+        """
+        if len(indices) < _FEW or not self.num_windows:
+            return (self.window(index, time_s) for index in indices)
+        index = np.array(indices)
+        low, high = self.offsets[index], self.offsets[index + 1]
+        starts, periods, repeats = (_of(values, index) for values in self._periodic)
+        since = time_s - starts
+        place = self._bisected(low, high, starts + since % periods)
+        shift = since // periods * repeats
+        opens = self.opens.take(place, mode="clip") + shift
+        closes = self.closes.take(place, mode="clip") + shift
+        found: list[Window | None] = list(zip(opens.tolist(), closes.tolist(), strict=True))
+        is_near_seam = (place == low) | (place >= high - 1) | (closes <= time_s)
+        for nth in is_near_seam.nonzero()[0].tolist():
+            found[nth] = self.window(indices[nth], time_s)
+        return found
+
+    def _bisected(self, low: np.ndarray, high: np.ndarray, within: Any) -> np.ndarray:
+        """Return the first window of each client that ends after a time, or where its last ends."""
+        place, step = low.copy(), self._stride
+        while step:
+            last = place + (step - 1)
+            is_over = self.closes.take(last, mode="clip") <= within
+            is_over &= last < high
+            place += is_over * step
+            step >>= 1
+        return place
+
     def is_available(self, index: int, time_s: float) -> bool:
         """Tell whether a client is there."""
         found = self.window(index, time_s)
         return found is not None and found[0] <= time_s
 
-    def windows(self, index: int) -> list[Window]:
+    def listed(self, index: int) -> list[Window]:
         """Return a client's windows in its first period."""
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         opens, closes = self.opens[part].astype(float), self.closes[part].astype(float)
@@ -231,6 +276,11 @@ def _shared(values: np.ndarray) -> np.ndarray:
     """Return equal values as one that stands for all: it stays in the processor's cache."""
     first = values[:1]
     return np.broadcast_to(first, values.shape) if (values == first).all() else values
+
+
+def _of(values: np.ndarray, index: np.ndarray) -> Any:
+    """Return the values of some clients: one number, where all have the same."""
+    return values[index] if values.strides[0] else values[0]
 
 
 def compact(seconds: np.ndarray) -> np.ndarray:
