@@ -82,8 +82,7 @@ class Selection:
             is_enough = len(there) >= count or len(seen) >= len(self.pool)
             if not is_repeated or is_enough or draw == MOST_DRAWS - 1:
                 break
-            size = _next_draw(count, len(there), len(seen))
-            drawn = server.sample(self.pool, size, stream)
+            drawn = server.sample(self.pool, _next_draw(count, len(there), len(seen)), stream)
         if not is_repeated:
             return [*there, *absent]
         absent.sort(key=_opening)  # among equals, whoever was drawn first
