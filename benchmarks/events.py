@@ -15,7 +15,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -33,14 +33,17 @@ REFERENCE_EVENTS_PER_S = 263
 """The published reference's loop with 1,000 clients of 20 windows each, measured in 2026."""
 _NOTHING = Adapter({})
 _JOB = Job(0, Payload(0, _NOTHING))
-_UPDATE = Update(0, 0, _NOTHING, num_samples=5, num_steps=3)
 
 
-def _copied(update: Update, **more: int) -> Update:
-    made = object.__new__(Update)
-    made.__dict__.update(update.__dict__)
-    made.__dict__.update(more)
-    return made
+class Nothing:
+    """An update that takes no time to make: like `Update`, of which it has what the loop asks."""
+
+    __slots__ = ("cid", "version")
+    num_samples = 5
+    state: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, cid: int, version: int) -> None:
+        self.cid, self.version = cid, version
 
 
 class Server(BaseServer):
@@ -61,8 +64,8 @@ class Training:
     """Returns at once."""
 
     def run(self, jobs: Sequence[Job]) -> list[Update]:
-        """Return an empty update for each job, made as fast as Python makes anything."""
-        return [_copied(_UPDATE, cid=job.cid, version=job.payload.version) for job in jobs]
+        """Return an empty update for each job."""
+        return cast("list[Update]", [Nothing(job.cid, job.payload.version) for job in jobs])
 
 
 class Bytes(Transport):

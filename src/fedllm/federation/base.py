@@ -145,8 +145,8 @@ class BaseServer:
         self, pool: Sequence[ClientId], count: int, rng: np.random.Generator
     ) -> Sequence[ClientId]:
         """Choose a cohort: uniformly, without replacement."""
-        chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False)
-        return [pool[i] for i in chosen.tolist()]
+        chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False).tolist()
+        return chosen if pool == range(len(pool)) else [pool[i] for i in chosen]
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Say what each client of the cohort does: one job from its download."""

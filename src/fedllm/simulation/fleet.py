@@ -113,7 +113,7 @@ class Fleet:
         self.diary.come(now, self.server.version, cid, number, _AVAILABLE, close_s)
         flight = self._prepare(job, number, group, close_s)
         trained = now + flight.left_s
-        upload_s = world.upload_s(cid, flight.up_bytes, trained, 1)
+        flight.upload_s = upload_s = world.upload_s(cid, flight.up_bytes, trained, 1)
         busy_s = flight.left_s + upload_s
         flight.expected_s = trained + upload_s
         flight.leaves_after_s = world.drops_after_s(cid, number, busy_s)
@@ -173,8 +173,9 @@ class Fleet:
     def begin_upload(self, flight: Flight) -> None:
         """Let a client that has trained send its update."""
         now, cid = self.queue.now_s, flight.job.cid
-        upload_s = self._transfer(self.world.upload_s, cid, flight.up_bytes)
-        flight.begin_upload(now, upload_s)
+        if flight.done_s or self.world.cell(cid) is not None:  # else it is as was expected
+            flight.upload_s = self._transfer(self.world.upload_s, cid, flight.up_bytes)
+        flight.begin_upload(now)
         self.diary.note(now, "TRAINING_DONE", self.server.version, cid, flight.number, _UPLOADING)
         kind = self._push_next(flight, UPLOAD_DONE)
         if kind is not UPLOAD_DONE and (kind is DROPOUT or self.at_window_close != "pause"):

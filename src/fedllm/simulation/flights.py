@@ -51,7 +51,7 @@ class Flight:
     known_before: int | None
     """Version that the client had downloaded before."""
     upload_s: float = 0.0
-    """Known once the upload has begun."""
+    """As expected, if it shares its cell with nobody and is not paused, until the upload begins."""
     leaves_after_s: float = 0.0
     """Seconds of work after which the client is gone."""
     expected_s: float = 0.0
@@ -87,11 +87,11 @@ class Flight:
         """Go on where it stopped."""
         self.since_s, self.close_s, self.is_paused = now_s, close_s, False
 
-    def begin_upload(self, now_s: float, upload_s: float) -> None:
+    def begin_upload(self, now_s: float) -> None:
         """Go on from training to sending."""
         self.phase, self.since_s = ClientState.UPLOADING, now_s
         self.done_s = self.download_s + self.train_s
-        self.upload_s = self.left_s = upload_s
+        self.left_s = self.upload_s
 
     def row(self, now_s: float, world: World, *, is_done: bool) -> dict[str, Any]:
         """Return its line of the ledger at its end: what it did, took and moved."""
