@@ -116,7 +116,7 @@ class WindowTrace:
         if len(indices) < _FEW or not self.num_windows:
             return (self.window(index, time_s) for index in indices)
         index = np.array(indices)
-        low, high = self.offsets[index], self.offsets[index + 1]
+        low, high = self.offsets.take(index), self.offsets.take(index + 1)
         starts, periods, repeats = (_of(values, index) for values in self._periodic)
         since = time_s - starts
         place = self._bisected(low, high, starts + since % periods)
@@ -280,7 +280,7 @@ def _shared(values: np.ndarray) -> np.ndarray:
 
 def _of(values: np.ndarray, index: np.ndarray) -> Any:
     """Return the values of some clients: one number, where all have the same."""
-    return values[index] if values.strides[0] else values[0]
+    return values.take(index) if values.strides[0] else values[0]
 
 
 def compact(seconds: np.ndarray) -> np.ndarray:
