@@ -1,8 +1,11 @@
 """The command line; importing it brings no torch along."""
 
 import gc
+import os
 
 from fedllm.starting import uncollected
+
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a search through all packages
 
 with uncollected():
     from fedllm.cli.app import app, main

@@ -178,13 +178,13 @@ class CentralConfig(Section):
     stage: Stage
     """`sft` (answers), `pt` (plain texts), `dpo`, `orpo`, `simpo` and `rm` (pairs of answers),
     `kto` (rated answers), `grpo` (rewards)."""
-    model: ModelConfig = ModelConfig()
-    adapter: TuningConfig = TuningConfig()
-    data: DataConfig = DataConfig()
-    training: OptimisationConfig = OptimisationConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    evaluation: MeasuringConfig = MeasuringConfig()
-    checkpoint: SavingConfig = SavingConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: TuningConfig = Field(default_factory=TuningConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: OptimisationConfig = Field(default_factory=OptimisationConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    evaluation: MeasuringConfig = Field(default_factory=MeasuringConfig)
+    checkpoint: SavingConfig = Field(default_factory=SavingConfig)
     tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where the course of training is shown besides the run directory: `tensorboard` and `wandb`
     need `fedllm[track]`, `trackio` is installed by itself."""

@@ -12,7 +12,7 @@ from fedllm.config.section import Section
 class Named(BaseModel):
     """A row of a table by its name, with settings of its own beside the name."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     name: str
 
@@ -33,10 +33,10 @@ Choice = Annotated[Named, BeforeValidator(_named)]
 class CommunicationConfig(Section):
     """How tensors travel; both what arrives and the bytes follow from it."""
 
-    uplink: Choice = Named(name="fp32")
+    uplink: Choice = Field(default_factory=lambda: Named(name="fp32"))
     """`fp32`, `fp16`, `bf16`, `int8`, `nf4`, or `{name: topk, share: 0.1}`: the largest entries of
     each change, with error feedback. See `fedllm list codecs`."""
-    downlink: Choice = Named(name="fp32")
+    downlink: Choice = Field(default_factory=lambda: Named(name="fp32"))
     """The same for what clients download; `topk` is for changes, so not possible here."""
 
 
@@ -56,7 +56,7 @@ class UpdatesConfig(Section):
 
     max_norm: PositiveFloat | None = None
     """Reject an update whose change against the download is larger than this."""
-    robust: Choice = Named(name="mean")
+    robust: Choice = Field(default_factory=lambda: Named(name="mean"))
     """`mean`, `median`, `{name: trimmed-mean, share: 0.1}`, `{name: krum, byzantine: 1}`,
     `{name: multi-krum, byzantine: 1, keep: 3}` or `{name: norm-bound, bound: 1.0}`. See
     `fedllm list robust`."""

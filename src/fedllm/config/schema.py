@@ -89,7 +89,7 @@ class FederationConfig(Section):
     """Clients sampled each round; default all."""
     rounds: PositiveInt = 10
     """How many server updates the run makes."""
-    schedule: Schedule = SyncSchedule()
+    schedule: Schedule = Field(default_factory=SyncSchedule)
     """When the server aggregates: `sync`, `buffered`, `async`, `semi-sync` or `sequential`, or a
     mapping with the name and settings. In those without rounds, `cohort_size` clients work at any
     time."""
@@ -100,7 +100,7 @@ class FederationConfig(Section):
     as leave time to send them, or it goes on in the next window."""
     time_limit_s: PositiveFloat | None = None
     """End the run at this virtual time, whatever `rounds` says."""
-    partition: PartitionConfig = PartitionConfig()
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
 
     @model_validator(mode="after")
     def _cohort_within_population(self) -> FederationConfig:
@@ -146,7 +146,7 @@ class CheckpointConfig(Section):
 class AlgorithmConfig(BaseModel):
     """Which algorithm, and its own settings beside the name."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     name: str = "fedit"
 
@@ -168,19 +168,19 @@ class Config(Section):
     mode: Literal["prototype", "realistic"] = "prototype"
     """`prototype`: infinitely fast devices and links, always available. `realistic`: as `system`
     says."""
-    system: SystemConfig = SystemConfig()
+    system: SystemConfig = Field(default_factory=SystemConfig)
     """The world of realistic mode, inline or as the path of a `sys.yaml`."""
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    model: ModelConfig = ModelConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig = DataConfig()
-    federation: FederationConfig = FederationConfig()
-    training: TrainingConfig = TrainingConfig()
-    communication: CommunicationConfig = CommunicationConfig()
-    updates: UpdatesConfig = UpdatesConfig()
-    execution: ExecutionConfig = ExecutionConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    communication: CommunicationConfig = Field(default_factory=CommunicationConfig)
+    updates: UpdatesConfig = Field(default_factory=UpdatesConfig)
+    execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 
     @model_validator(mode="after")
     def _world_is_used(self) -> Config:

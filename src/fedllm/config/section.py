@@ -13,4 +13,4 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A frozen part of the tree that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

@@ -222,11 +222,11 @@ class SystemConfig(Section):
     preset: str | None = None
     """A whole world by its name (see `fedllm list worlds`); what is given beside it takes the place
     of its part."""
-    devices: DevicesConfig = DevicesConfig()
-    links: LinksConfig = LinksConfig()
-    availability: Availability = Always()
+    devices: DevicesConfig = Field(default_factory=DevicesConfig)
+    links: LinksConfig = Field(default_factory=LinksConfig)
+    availability: Availability = Field(default_factory=Always)
     """`always`, or a mapping with `kind`: `intermittent`, `diurnal` or `trace`."""
-    dropout: DropoutConfig = DropoutConfig()
+    dropout: DropoutConfig = Field(default_factory=DropoutConfig)
     time_scale: PositiveFloat = 1.0
     """Training and transfers take so many times as long: a small model stands for a larger one."""
     correlation: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
