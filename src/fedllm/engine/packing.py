@@ -31,6 +31,11 @@ class Run(NamedTuple):
     length: int
     """Tokens of each."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all."""
+        return self.sequences * self.length
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -84,6 +89,11 @@ class Packing:
         self.runs = runs(lengths)
         self.is_one_batch = is_one_batch
         self._lengths, self._device = lengths, device
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._lengths.max())
 
     @cached_property
     def is_token(self) -> Tensor:
