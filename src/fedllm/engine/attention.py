@@ -78,12 +78,10 @@ def packed_attention(
     is_plain = softcap is None and (window is None or window >= packing.longest)
     if is_plain and value.dtype in _FAST:
         return _by_runs(query, key, value, packing.runs, scale, causal), None
+    rest = packing.runs, scale, causal, window, softcap
     # one dtype throughout, as the backward pass, which is written by hand, has it
     with torch.autocast(query.device.type, enabled=False):
-        out: Tensor = PackedAttention.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-            query, key, value, packing.runs, scale, causal, window, softcap
-        )
-    return out, None
+        return PackedAttention.apply(query, key, value, *rest), None  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def _refuse(rules: Mapping[str, Any]) -> None:
