@@ -57,8 +57,7 @@ def packed_attention(
 
     Args:
         module: The attention layer, which knows whether it is causal.
-        query: (1, heads, T, head_dim).
-        key: (1, key_value_heads, T, head_dim), and so `value`.
+        query: (1, heads, T, head_dim); `key` and `value` may have fewer heads.
         packing: Where the sequences are.
         scaling: Factor on the scores; default 1 / sqrt(head_dim).
         is_causal: Overrides what the layer says.
