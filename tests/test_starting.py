@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import pytest
 from fedllm.starting import uncollected, without_bitsandbytes
 from fedllm.starting.imports import Distributions
 from fedllm.starting.index import indexing
+from fedllm.starting.patterns import BUILD, MAPPING, RULES, Pattern, compile_when_asked
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -191,3 +194,37 @@ def test_distributions_are_those_that_python_finds() -> None:
         assert found[package][:1] == everything[package][:1]
     with pytest.raises(KeyError, match="no_such_package"):
         found["no_such_package"]
+
+
+def test_a_pattern_is_compiled_when_it_is_asked() -> None:
+    pattern = copy.deepcopy(Pattern("(?P<g0>layers)|(?P<g1>[0-9]+)"))
+    assert pattern.groupindex == {"g0": 1, "g1": 2}
+    assert pattern.search("x.layers.7").group() == "layers"
+    with pytest.raises(re.error):
+        Pattern("(").search("x")
+
+
+def test_rules_of_all_architectures_are_those_of_transformers() -> None:
+    mapping, rules = importlib.import_module(MAPPING), importlib.import_module(RULES)
+    compile_when_asked()
+    patient = getattr(mapping, BUILD)
+    inside = dict(zip(patient.__code__.co_freevars, patient.__closure__, strict=True))
+    plain, lazy = inside["build"].cell_contents(), patient()
+    assert rules.re is re
+    assert list(plain) == list(lazy)
+    pairs = [pair for kind in plain for pair in zip(plain[kind], lazy[kind], strict=True)]
+    kinds = [(type(a.compiled_sources), type(b.compiled_sources)) for a, b in pairs]
+    assert set(kinds) == {(re.Pattern, Pattern)}
+    for ours, theirs in pairs:
+        assert theirs.compiled_sources.pattern == ours.compiled_sources.pattern
+        assert theirs.compiled_sources.groupindex == ours.compiled_sources.groupindex
+        assert theirs.target_patterns == ours.target_patterns
+
+
+def test_a_version_that_builds_its_rules_in_another_way_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mapping = importlib.import_module(MAPPING)
+    monkeypatch.delattr(mapping, BUILD)
+    compile_when_asked()
+    assert not hasattr(mapping, BUILD)

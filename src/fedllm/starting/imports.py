@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedllm.starting.index import IMPORT_UTILS, indexed
+from fedllm.starting.patterns import compile_when_asked
 
 
 @contextmanager
@@ -90,6 +91,7 @@ def import_transformers() -> None:
         # only now: before, it notes which of its objects cannot be had
         with without("scipy", IMPORT_UTILS, "is_scipy_available"):
             importlib.import_module("transformers.modeling_utils")
+    compile_when_asked()
 
 
 def import_peft() -> None:
