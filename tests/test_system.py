@@ -295,6 +295,15 @@ def test_traces_are_followed(tmp_path: Path) -> None:
     assert {drawn.window(cid, 5000.0) for cid in range(100)} == known
 
 
+@pytest.mark.parametrize("kind", ["trace", "intermittent", "diurnal", "always"])
+def test_many_clients_asked_together_are_answered_as_one_by_one(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_as(generate(7, 3, "random", seed=1), "ours", path)
+    made = world({"availability": {"kind": kind} | ({"path": path} if kind == "trace" else {})})
+    alone = [made.window(cid, 5000.0) for cid in range(100)]
+    assert list(made.windows(range(100), 5000.0)) == alone
+
+
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_dropouts_are_drawn_for_each_job(cid: int, job: int) -> None:
     made = world({"dropout": {"per_job": 1.0}})
