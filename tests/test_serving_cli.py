@@ -84,6 +84,24 @@ def test_a_bad_key_file_is_refused(tmp_path: Path) -> None:
     assert "16 characters" in fails("serve", "builtin:tiny", "--api-key-file", file)
 
 
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_a_model_that_is_not_there_is_told_before_anything_large_is_imported(command: str) -> None:
+    code = f"""
+import sys
+sys.argv = ["fedllm", "{command}", "./nosuch"]
+try:
+    from fedllm.cli import main
+    main()
+finally:
+    print(sorted({{"torch", "transformers", "uvicorn"}} & set(sys.modules)))
+"""
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "There is no folder './nosuch'" in done.stderr
+    assert done.stdout == "[]\n"
+
+
 def test_vllm_that_is_not_installed_is_named() -> None:
     assert "pip install vllm" in fails("serve", "builtin:tiny", "--engine", "vllm")
 

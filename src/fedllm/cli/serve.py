@@ -86,9 +86,6 @@ def serve(
     """Serve a model and all its adapters over HTTP, as OpenAI does."""
     with reported():
         from fedllm.serving.keys import ENVIRONMENT, read_keys
-
-        import_transformers()
-        from fedllm.serving.scheduler import Limits
         from fedllm.serving.server import Address, Terms
         from fedllm.serving.server import serve as start
         from fedllm.serving.vllm import launch
@@ -97,6 +94,9 @@ def serve(
         address = Address(host, port, keys, no_auth)
         address.check()
         found = resolve(source, adapter, device, dtype)
+        import_transformers()
+        from fedllm.serving.scheduler import Limits
+
         if engine == "vllm":
             launch(found, address)
         _log_to_stderr(is_quiet=quiet)
@@ -108,11 +108,12 @@ def serve(
 def resolve(
     source: str, adapters: Sequence[str] | None, device: str | None, dtype: str | None
 ) -> Source:
-    """Find what is served.
+    """Find what is served, and see that its base is there, before anything large is imported.
 
     Raises:
         FedLLMError: If it cannot be, or a word is not NAME=DIR.
     """
+    from fedllm.models.sources import locate
     from fedllm.serving import find_source, with_adapters
 
     words = {}
@@ -121,7 +122,9 @@ def resolve(
         if not equals or not name or not folder:
             raise FedLLMError(f"--adapter '{word}': write NAME=DIR, such as mine=runs/x/adapter")
         words[name] = Path(folder).expanduser()
-    return with_adapters(find_source(source, {"device": device, "dtype": dtype}), words)
+    found = with_adapters(find_source(source, {"device": device, "dtype": dtype}), words)
+    locate(found.model, weights=False)
+    return found
 
 
 def _ready(names: Sequence[str], url: str) -> None:

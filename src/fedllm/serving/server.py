@@ -6,11 +6,14 @@ import ipaddress
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fedllm.errors import ConfigError, MissingExtraError
 from fedllm.serving.keys import Keys
-from fedllm.serving.scheduler import Limits
 from fedllm.serving.sources import Source
+
+if TYPE_CHECKING:
+    from fedllm.serving.scheduler import Limits
 
 Ready = Callable[[Sequence[str], str], None]
 
