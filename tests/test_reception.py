@@ -223,9 +223,8 @@ def test_privacy_counts_a_rejected_client_as_no_change() -> None:
 
 @pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora"])
 def test_a_private_loop_with_rejections_goes_on_wherever_it_was_stopped(name: str) -> None:
-    def build(stop: int | None = None) -> Loop:
+    def build(queue: StoppingQueue | None = None) -> Loop:
         fed = Federation(name)
-        queue = None if stop is None else StoppingQueue(stop)
         loop = loop_of(
             fed,
             3,
@@ -237,11 +236,14 @@ def test_a_private_loop_with_rejections_goes_on_wherever_it_was_stopped(name: st
         )
         return spoiling(loop, FAULTS["nan"][0])
 
-    whole = build()
+    counting = StoppingQueue()
+    whole = build(counting)
     rounds = list(whole.run(3))
     assert any(made.rejected for made in rounds)
-    for stop in range(sum(len(made.events) - 1 for made in rounds)):
-        first, made = build(stop), []
+    total = counting.events - counting.left
+    assert total >= 2 * sum(len(made.updates) for made in rounds)
+    for stop in range(total):
+        first, made = build(StoppingQueue(stop)), []
         with pytest.raises(Stopped):
             made += first.run(3)
         second = build()
