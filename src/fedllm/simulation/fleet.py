@@ -90,14 +90,13 @@ class Fleet:
         now, flights = self.queue.now_s, list[Flight]()
         there = [cid for cid, open_s, _ in chosen if open_s <= now]
         jobs = iter(self.server.local_run(there))
-        for cid, open_s, close_s in chosen:
-            self.dispatched += 1
+        for number, (cid, open_s, close_s) in enumerate(chosen, self.dispatched + 1):
             if open_s <= now:
-                flight = self._take_off(next(jobs), self.dispatched, group, close_s, latest_s)
-                flights.append(flight)
+                flights.append(self._take_off(next(jobs), number, group, close_s, latest_s))
             else:
-                self.awaited[cid] = Awaited(self.dispatched, group, close_s)
-                self.queue.push(open_s, WINDOW_OPEN, cid, self.dispatched)
+                self.awaited[cid] = Awaited(number, group, close_s)
+                self.queue.push(open_s, WINDOW_OPEN, cid, number)
+        self.dispatched += len(chosen)
         return flights
 
     def come(self, cid: ClientId, latest_s: float) -> Flight:

@@ -111,7 +111,7 @@ class WindowTrace:
     def windows(self, indices: Sequence[int], time_s: float) -> Iterable[Window | None]:
         """Return what `window` returns, of several clients.
 
-        Most are answered together; those near the seam of their period are asked one by one.
+        Most are answered together; those at the seam of their period are asked one by one.
         """
         if len(indices) < _FEW or not self.num_windows:
             return (self.window(index, time_s) for index in indices)
@@ -120,12 +120,13 @@ class WindowTrace:
         starts, periods, repeats = (_of(values, index) for values in self._periodic)
         since = time_s - starts
         place = self._bisected(low, high, starts + since % periods)
+        opens, closes = (edges.take(place, mode="clip") for edges in (self.opens, self.closes))
+        is_at_seam = (opens <= starts) | (closes >= starts + periods) | (place == high)
         shift = since // periods * repeats
-        opens = self.opens.take(place, mode="clip") + shift
-        closes = self.closes.take(place, mode="clip") + shift
+        opens, closes = opens + shift, closes + shift
         found: list[Window | None] = list(zip(opens.tolist(), closes.tolist(), strict=True))
-        is_near_seam = (place == low) | (place >= high - 1) | (closes <= time_s)
-        for nth in is_near_seam.nonzero()[0].tolist():
+        is_at_seam |= closes <= time_s  # rounding, at the very end of a window
+        for nth in is_at_seam.nonzero()[0].tolist():
             found[nth] = self.window(indices[nth], time_s)
         return found
 
