@@ -134,14 +134,14 @@ def _by_runs(
     causal: bool,
 ) -> Tensor:
     """Attend in one batch for each run, with torch's attention."""
-    groups, sizes = query.shape[1] // key.shape[1], [run.tokens for run in packed_runs]
+    sizes, is_grouped = [run.tokens for run in packed_runs], query.shape[1] > key.shape[1]
     found = []
     for run, *parts in zip(
         packed_runs, *(torch.split(t, sizes, dim=2) for t in (query, key, value)), strict=True
     ):
         q, k, v = (_batch(part, run) for part in parts)
         out = F.scaled_dot_product_attention(
-            q, _repeat(k, groups), _repeat(v, groups), is_causal=causal, scale=scale
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=is_grouped
         )
         found.append(out.transpose(1, 2).reshape(1, run.tokens, *query.shape[1::2]))
     return torch.cat(found, dim=1)
