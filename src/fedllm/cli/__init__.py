@@ -5,7 +5,7 @@ import os
 
 from fedllm.starting import uncollected
 
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a search through all packages
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look through all packages
 
 with uncollected():
     from fedllm.cli.app import app, main

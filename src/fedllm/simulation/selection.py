@@ -124,7 +124,7 @@ class Selection:
         Once `most` are there, nobody else is asked.
         """
         latest_s = math.inf if self.policy == "any" else now_s
-        for cid, found in zip(cids, self.world.windows(cids, now_s), strict=False):
+        for cid, found in zip(cids, self.world.windows(cids, now_s), strict=True):
             if found is None:
                 continue
             open_s, close_s = found
