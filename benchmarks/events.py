@@ -32,18 +32,17 @@ WINDOWS, COHORT, ROUNDS, RUNS = 20, 100, 300, 3
 REFERENCE_EVENTS_PER_S = 263
 """The published reference's loop with 1,000 clients of 20 windows each, measured in 2026."""
 _NOTHING = Adapter({})
-_JOB = Job(0, Payload(0, _NOTHING))
+_JOB = Job(0, Payload(0, _NOTHING)).filled()
+_STATE: dict[str, Any] = {}
 
 
 class Nothing:
     """An update that takes no time to make: like `Update`, of which it has what the loop asks."""
 
-    __slots__ = ("cid", "version")
-    num_samples = 5
-    state: ClassVar[dict[str, Any]] = {}
+    __slots__ = ("cid", "num_samples", "state", "version")
 
     def __init__(self, cid: int, version: int) -> None:
-        self.cid, self.version = cid, version
+        self.cid, self.version, self.num_samples, self.state = cid, version, 5, _STATE
 
 
 class Server(BaseServer):
@@ -53,8 +52,9 @@ class Server(BaseServer):
 
     def local_run(self, cohort: Iterable[ClientId]) -> Iterable[Job]:
         """Give everyone the same."""
+        payload = Payload(self.version, _NOTHING)
         for cid in cohort:
-            yield _JOB.filled(cid=cid)
+            yield _JOB.filled(cid=cid, payload=payload)
 
     def aggregate(self, parts: Sequence[Part]) -> None:
         """Leave everything as it is."""
@@ -98,6 +98,12 @@ class World(Ideal):
     def __init__(self, trace: WindowTrace) -> None:
         self.window = trace.window  # type: ignore[method-assign, assignment]
         self.windows = trace.windows  # type: ignore[method-assign, assignment]
+        self.trace = trace
+
+    @property
+    def presence(self) -> float:
+        """Return the trace's."""
+        return self.trace.presence
 
     def fit_s(self, cid: int, work: Work) -> float:
         """Return five minutes."""

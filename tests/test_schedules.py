@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -204,7 +205,7 @@ class Half(Ideal):
 def drawn(policy: Any, count: int, *, pool: int = 10_000, free: Any = None) -> list[int]:
     selection = Selection(Half(), range(pool), policy)
     chosen = selection.choose(BaseServer(), count, 0.0, rng(5, "cohort", 0), free)
-    return [cid for cid, *_ in chosen]
+    return [cid for cid, _ in chosen]
 
 
 def test_of_available_only_those_who_are_there_are_taken() -> None:
@@ -246,32 +247,73 @@ def test_once_enough_are_there_nobody_else_is_asked() -> None:
             return float(cid % 5 != 0), math.inf
 
     chosen = Selection(Fifth(), range(10_000)).choose(BaseServer(), 1, 0.0, rng(2, "cohort"))
-    assert [cid for cid, *_ in chosen] == asked[-1:]
+    assert [cid for cid, _ in chosen] == asked[-1:]
     assert len(asked) > 1  # more than the first draw
     assert [cid % 5 == 0 for cid in asked] == [False] * (len(asked) - 1) + [True]
+
+
+@dataclass
+class Partly(Ideal):
+    """A share of the clients is there, the others come a second later."""
+
+    share: float
+
+    def window(self, cid: int, time_s: float) -> tuple[float, float]:
+        is_there = uniform(0, "there", cid) < self.share
+        return (0.0, math.inf) if is_there else (1.0, math.inf)
+
+
+class Told(Partly):
+    """It is known which share."""
+
+    @property
+    def presence(self) -> float:
+        return self.share
+
+
+class Counting(BaseServer):
+    """Remembers how many were drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[int] = []
+
+    def sample(self, pool: Any, count: int, rng: np.random.Generator) -> Any:
+        self.draws.append(count)
+        return super().sample(pool, count, rng)
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.5, 3), (0.15, 4), (0.01, 33)])
 def test_few_draws_find_a_cohort(share: float, most: int) -> None:
     """Later draws are as large as the share of those who are there asks for."""
 
-    class Partly(Ideal):
-        def window(self, cid: int, time_s: float) -> tuple[float, float]:
-            is_there = uniform(0, "there", cid) < share
-            return (0.0, math.inf) if is_there else (1.0, math.inf)
+    server = Counting()
+    chosen = Selection(Partly(share), range(10**6)).choose(server, 100, 0.0, rng(1, "cohort"))
+    assert len({cid for cid, _ in chosen}) == len(chosen) == 100
+    assert all(open_s == 0.0 for _, (open_s, _) in chosen)
+    assert len(server.draws) <= most
 
-    draws: list[int] = []
 
-    class Counting(BaseServer):
-        def sample(self, pool: Any, count: int, rng: np.random.Generator) -> Any:
-            draws.append(count)
-            return super().sample(pool, count, rng)
+def test_the_first_draw_is_as_large_as_the_presence_of_clients_asks_for() -> None:
+    server = Counting()
+    chosen = Selection(Told(0.5), range(10**6)).choose(server, 100, 0.0, rng(1, "cohort"))
+    assert len(chosen) == 100
+    assert server.draws == [230]
+    for count, pool in ((4, 5), (5, 5), (1, 2)):  # whoever is drawn, there are no more than wanted
+        chosen = Selection(Told(0.5), range(pool)).choose(server, count, 0.0, rng(1, "cohort"))
+        assert len({cid for cid, _ in chosen}) == len(chosen) == count
 
-    stream = rng(1, "cohort")
-    chosen = Selection(Partly(), range(10**6)).choose(Counting(), 100, 0.0, stream)
-    assert len({cid for cid, _, _ in chosen}) == len(chosen) == 100
-    assert all(open_s == 0.0 for _, open_s, _ in chosen)
-    assert len(draws) <= most
+
+def test_presence_does_not_favour_anyone() -> None:
+    """Each of those who are there is as likely as any other, however many are drawn."""
+    world, counts = Told(0.5), Counter[int]()
+    for turn in range(2000):
+        selection = Selection(world, range(40))
+        counts.update(cid for cid, _ in selection.choose(BaseServer(), 4, 0.0, rng(turn, "x")))
+    there = [cid for cid in range(40) if world.window(cid, 0.0)[0] == 0.0]
+    assert sorted(counts) == there
+    expected = 2000 * 4 / len(there)
+    assert all(abs(counts[cid] - expected) < 5 * math.sqrt(expected) for cid in there)
 
 
 def test_the_cost_of_a_draw_is_bounded_where_nobody_will_come() -> None:
@@ -295,7 +337,7 @@ def test_a_sequence_visits_everyone_once_in_a_cycle_and_passes_over_who_never_co
         selection, walked, visited = Selection(Some(), range(5), seed=4), 0, []
         for _ in range(8):
             walked, chosen = selection.walk(walked, 0.0, is_reshuffled)
-            visited += [cid for cid, *_ in chosen]
+            visited += [cid for cid, _ in chosen]
         assert Counter(visited) == dict.fromkeys((0, 1, 3, 4), 2)
         assert (visited[:4] == visited[4:]) is not is_reshuffled
 

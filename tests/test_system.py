@@ -22,7 +22,7 @@ from fedllm.seeding import uniform
 from fedllm.system import ModelCost, SimulatedWorld, Work
 from fedllm.system.draws import Choice, correlated
 from fedllm.system.links import read_measured
-from fedllm.system.traces import Record, generate, write_as
+from fedllm.system.traces import Record, WindowTrace, generate, write_as
 
 COST = ModelCost(
     body_parameters=1_000_000,
@@ -302,6 +302,35 @@ def test_many_clients_asked_together_are_answered_as_one_by_one(tmp_path: Path, 
     made = world({"availability": {"kind": kind} | ({"path": path} if kind == "trace" else {})})
     alone = [made.window(cid, 5000.0) for cid in range(100)]
     assert list(made.windows(range(100), 5000.0)) == alone
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"kind": "always"},
+        {"kind": "intermittent", "on_s": 600.0, "off_s": 1800.0},
+        {"kind": "diurnal", "hours": 6.0, "chance": 0.8, "weekend_chance": 0.5},
+        {"kind": "trace"},
+    ],
+    ids=lambda there: there["kind"],
+)
+def test_presence_is_the_share_of_clients_that_is_there(
+    tmp_path: Path, there: dict[str, Any]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_as(generate(20, 7, "random", seed=1), "ours", path)
+    made = world({"availability": there | ({"path": path} if there["kind"] == "trace" else {})})
+    times = np.random.default_rng(0).uniform(0.0, 7 * 86400.0, size=200).tolist()
+    found = [(made.window(cid, time_s), time_s) for time_s in times for cid in range(20)]
+    share = np.mean([window is not None and window[0] <= time_s for window, time_s in found])
+    assert made.presence == pytest.approx(share, abs=0.05)
+    assert (made.presence == 1.0) is (there["kind"] == "always")
+
+
+def test_a_trace_that_does_not_repeat_has_the_presence_of_its_span() -> None:
+    own = {"a": [(0.0, 30.0)], "b": [(10.0, 20.0), (50.0, 90.0)], "c": []}
+    assert WindowTrace.of(own, 100.0, wraps=False).presence == pytest.approx(80 / 300)
+    assert WindowTrace.of({}, 100.0).presence == 1.0
 
 
 @given(st.integers(0, 300), st.integers(0, 300))

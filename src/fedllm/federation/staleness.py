@@ -45,17 +45,16 @@ def fresh_parts(
         jobs: Client to the job that its update answers.
         is_change: Whether a late update counts as a change of today's model.
     """
-    fresh = []
+    fresh, version = [], server.version
     for part in parts:
         weight, update = part
-        is_late = update.version < server.version
-        if is_late and (is_change or server.recoordinated):
+        if update.version < version and (is_change or server.recoordinated):
             brought = server.rebase(update, jobs[update.cid])
             if brought is not None:
                 fresh.append(Part(weight, brought))
         else:
             fresh.append(part)
-    rest = 1.0 - sum(weight for weight, _ in fresh)
+    rest = 1.0 - sum([weight for weight, _ in fresh])
     if fresh and abs(rest) > _ROUNDING:
         fresh.append(Part(rest, server.present(fresh)))
     return fresh

@@ -88,9 +88,9 @@ class Fleet:
             latest_s: Virtual time after which an arrival is of no use.
         """
         now, flights = self.queue.now_s, list[Flight]()
-        there = [cid for cid, open_s, _ in chosen if open_s <= now]
+        there = [cid for cid, (open_s, _) in chosen if open_s <= now]
         jobs = iter(self.server.local_run(there))
-        for number, (cid, open_s, close_s) in enumerate(chosen, self.dispatched + 1):
+        for number, (cid, (open_s, close_s)) in enumerate(chosen, self.dispatched + 1):
             if open_s <= now:
                 flights.append(self._take_off(next(jobs), number, group, close_s, latest_s))
             else:
@@ -104,21 +104,44 @@ class Fleet:
         own, job = self.awaited.pop(cid), next(iter(self.server.local_run([cid])))
         return self._take_off(job, own.number, own.group, own.close_s, latest_s)
 
-    def _take_off(
-        self, job: Job, number: int, group: int, close_s: float, latest_s: float
-    ) -> Flight:
-        """Let a client begin that is there."""
-        now, cid, world = self.queue.now_s, job.cid, self.world
-        self.diary.come(now, self.server.version, cid, number, _AVAILABLE, close_s)
-        flight = self._prepare(job, number, group, close_s)
-        trained = now + flight.left_s
-        flight.upload_s = upload_s = world.upload_s(cid, flight.up_bytes, trained, 1)
-        busy_s = flight.left_s + upload_s
-        flight.expected_s = trained + upload_s
-        flight.leaves_after_s = world.drops_after_s(cid, number, busy_s)
-        is_cut = self.at_window_close != "pause" and flight.expected_s > close_s
-        is_late = flight.expected_s > latest_s
-        flight.is_doomed = is_cut or is_late or busy_s > flight.leaves_after_s
+    def _take_off(self, job: Job, number: int, group: int, close_s: float, due_s: float) -> Flight:
+        """Let a client begin that is there: work out how long everything takes."""
+        now, cid, world, server = self.queue.now_s, job.cid, self.world, self.server
+        self.diary.come(now, server.version, cid, number, _AVAILABLE, close_s)
+        job, known_before = self._complete(job), server.contacts.get(cid)
+        server.contacts[cid] = server.version
+        down_bytes = self.transport.down_nbytes(job.payload)
+        up_bytes = self.transport.up_nbytes(self.client, job)
+        download_s, cell = world.download_s(cid, down_bytes, now, 1), world.cell(cid)
+        if cell is not None:
+            download_s = self._shared(cell, world.download_s, cid, down_bytes)
+        if self.at_window_close == "partial" and close_s < math.inf:
+            job = self._shortened(job, now + download_s, up_bytes, close_s)
+        train_s = self._fit_s(job)
+        work_s = download_s + train_s
+        upload_s = world.upload_s(cid, up_bytes, now + work_s, 1)
+        busy_s, arrives_s = work_s + upload_s, now + work_s + upload_s
+        leaves_after_s = world.drops_after_s(cid, number, busy_s)
+        self.flights[cid] = flight = Flight(
+            job,
+            number,
+            group,
+            now,
+            now,
+            close_s,
+            download_s,
+            train_s,
+            work_s,
+            down_bytes,
+            up_bytes,
+            known_before,
+            upload_s,
+            leaves_after_s,
+            arrives_s,
+            cell,
+        )
+        is_cut = arrives_s > close_s and self.at_window_close != "pause"
+        flight.is_doomed = is_cut or arrives_s > due_s or busy_s > leaves_after_s
         self._push_next(flight, TRAINING_DONE)
         return flight
 
@@ -130,35 +153,6 @@ class Fleet:
         state = _WORKING if is_training else _UPLOADING
         self.diary.come(now, self.server.version, cid, flight.number, state, flight.close_s)
         self._push_next(flight, TRAINING_DONE if is_training else UPLOAD_DONE)
-
-    def _prepare(self, job: Job, number: int, group: int, close_s: float) -> Flight:
-        """Fill in the job, and work out how long it takes."""
-        now, contacts = self.queue.now_s, self.server.contacts
-        job, cid = self._complete(job), job.cid
-        known_before = contacts.get(cid)
-        contacts[cid] = self.server.version
-        down_bytes = self.transport.down_nbytes(job.payload)
-        up_bytes = self.transport.up_nbytes(self.client, job)
-        download_s = self._transfer(self.world.download_s, cid, down_bytes)
-        if self.at_window_close == "partial" and close_s < math.inf:
-            job = self._shortened(job, now + download_s, up_bytes, close_s)
-        train_s = self._fit_s(job)
-        flight = Flight(
-            job,
-            number,
-            group,
-            now,
-            now,
-            close_s,
-            download_s,
-            train_s,
-            download_s + train_s,
-            down_bytes,
-            up_bytes,
-            known_before,
-        )
-        self.flights[cid] = flight
-        return flight
 
     def _shortened(self, job: Job, begin_s: float, up_bytes: int, close_s: float) -> Job:
         """Return a job with as many steps as can be done and sent before a window closes."""
@@ -172,8 +166,11 @@ class Fleet:
     def begin_upload(self, flight: Flight) -> None:
         """Let a client that has trained send its update."""
         now, cid = self.queue.now_s, flight.job.cid
-        if flight.done_s or self.world.cell(cid) is not None:  # else it is as was expected
-            flight.upload_s = self._transfer(self.world.upload_s, cid, flight.up_bytes)
+        if flight.cell is not None:
+            upload_s = self.world.upload_s
+            flight.upload_s = self._shared(flight.cell, upload_s, cid, flight.up_bytes)
+        elif flight.done_s:  # it was paused; else it is as was expected
+            flight.upload_s = self.world.upload_s(cid, flight.up_bytes, now, 1)
         flight.begin_upload(now)
         self.diary.note(now, "TRAINING_DONE", self.server.version, cid, flight.number, _UPLOADING)
         kind = self._push_next(flight, UPLOAD_DONE)
@@ -219,7 +216,7 @@ class Fleet:
                 self.server.contacts.pop(flight.cid, None)
             else:
                 self.server.contacts[flight.cid] = flight.known_before
-        self.diary.end(flight.row(now, self.world, is_done=False), version, outcome)
+        self.diary.ledger.append(flight.row(now, self.world, version, outcome))
 
     def pace_s(self, cid: ClientId) -> float:
         """Return about how long a client takes for a job, for comparing clients."""
@@ -234,11 +231,11 @@ class Fleet:
         """Fill in what the algorithm does not decide: seed, steps, learning rate, private state."""
         cid, payload = job.cid, job.payload
         version = payload.version
-        rows = int(self.population.sizes[cid])
+        rows, steps_of = int(self.population.sizes[cid]), self._steps
         return job.filled(
             payload=self.transport.send_down(payload, self.server) if is_sent else payload,
             seed=self._seeds.of(cid, version),
-            steps=self._steps(rows),
+            steps=steps_of(rows),
             learning_rate=self._learning_rate(version),
             num_samples=rows,
             state=self.store.get(cid),
@@ -249,11 +246,9 @@ class Fleet:
         work = self.population.work(job, self.client, self.plan, rank)
         return self.world.fit_s(job.cid, work)
 
-    def _transfer(self, seconds_of: Transfer, cid: ClientId, nbytes: int) -> float:
+    def _shared(self, cell: int, seconds_of: Transfer, cid: ClientId, nbytes: int) -> float:
         """Begin a transfer, with the share of its cell that there now is."""
-        now, cell = self.queue.now_s, self.world.cell(cid)
-        if cell is None:
-            return seconds_of(cid, nbytes, now, 1)
+        now = self.queue.now_s
         going = [end_s for end_s in self.cells.get(cell, ()) if end_s > now]
         seconds = seconds_of(cid, nbytes, now, len(going) + 1)
         self.cells[cell] = [*going, now + seconds]

@@ -10,6 +10,8 @@ from fedllm.federation import Job
 from fedllm.simulation.events import ClientState
 from fedllm.system import World
 
+_UPLOADING = ClientState.UPLOADING
+
 
 @dataclass(slots=True)
 class Awaited:
@@ -47,15 +49,17 @@ class Flight:
     """Seconds of its phase that were left at `since_s`."""
     down_bytes: int
     up_bytes: int
-    """Expected; an algorithm may send less."""
+    """As expected, until its update has arrived: an algorithm may send less."""
     known_before: int | None
     """Version that the client had downloaded before."""
-    upload_s: float = 0.0
+    upload_s: float
     """As expected, if it shares its cell with nobody and is not paused, until the upload begins."""
-    leaves_after_s: float = 0.0
+    leaves_after_s: float
     """Seconds of work after which the client is gone."""
-    expected_s: float = 0.0
+    expected_s: float
     """Virtual time of its arrival, if it shares its cell with nobody and is not paused."""
+    cell: int | None = None
+    """Whose capacity its transfers share; None if it shares with nobody."""
     done_s: float = 0.0
     """Seconds of work before `since_s`."""
     phase: ClientState = ClientState.TRAINING
@@ -89,15 +93,25 @@ class Flight:
 
     def begin_upload(self, now_s: float) -> None:
         """Go on from training to sending."""
-        self.phase, self.since_s = ClientState.UPLOADING, now_s
+        self.phase, self.since_s = _UPLOADING, now_s
         self.done_s = self.download_s + self.train_s
         self.left_s = self.upload_s
 
-    def row(self, now_s: float, world: World, *, is_done: bool) -> dict[str, Any]:
-        """Return its line of the ledger at its end: what it did, took and moved."""
+    def row(
+        self, now_s: float, world: World, version: int, outcome: str, staleness: int | None = None
+    ) -> dict[str, Any]:
+        """Return its line of the ledger at its end: what it did, took and moved.
+
+        Args:
+            now_s: Virtual time.
+            world: Says what energy it took.
+            version: Of the server.
+            outcome: How it ended.
+            staleness: How many versions late its update has arrived; None: it has not.
+        """
         download_s, train_s, upload_s = self.download_s, self.train_s, self.upload_s
         down_bytes, up_bytes, job = self.down_bytes, self.up_bytes, self.job
-        if not is_done:
+        if staleness is None:
             worked = self.worked_s(now_s)
             download_s = min(worked, download_s)
             train_s = min(worked - download_s, train_s)
@@ -115,10 +129,12 @@ class Flight:
             "train_s": train_s,
             "upload_s": upload_s,
             "steps": job.steps,
-            "staleness": None,
+            "staleness": staleness,
             "down_bytes": down_bytes,
             "up_bytes": up_bytes,
             "energy_j": world.energy_j(job.cid, train_s, download_s, upload_s),
+            "round": version + 1,
+            "outcome": outcome,
         }
 
 

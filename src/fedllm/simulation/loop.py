@@ -163,7 +163,7 @@ class Loop:
         for order in self.schedule.orders(len(self.fleet)):
             chosen = self.recruiter.recruit(order, self.queue.now_s)
             if chosen and not self.schedule.is_stream:
-                self._begin(order.group, [cid for cid, _, _ in chosen])
+                self._begin(order.group, [cid for cid, _ in chosen])
             latest_s = self._latest_s(order.group)
             self.computation.begin(self.fleet.call(chosen, order.group, latest_s))
 
@@ -202,35 +202,35 @@ class Loop:
     def _arrive(self, flight: Flight, now_s: float) -> None:
         """Take in an update that has arrived, if it can be used."""
         job, version, results = flight.job, self.server.version, self.computation.results
-        cid = job.cid
+        cid, lateness = job.cid, version - job.payload.version
         self.fleet.land(flight)
-        row = flight.row(now_s, self.world, is_done=True)
-        lateness = row["staleness"] = version - job.payload.version
         if lateness and self.schedule.is_stale(lateness):
             self.computation.drop(flight)
-            self._miss(flight, row, "stale")
+            self._miss(flight, lateness, "stale")
             return
         if cid not in results:
             room = self.schedule.room(flight.group, self._rounds - version)
             self.computation.compute_with(flight, self.fleet.flights.values(), room)
-        update, row["up_bytes"], reason = self.reception.receive(results.pop(cid), job, self.client)
+        made = results.pop(cid)
+        update, flight.up_bytes, reason = self.reception.receive(made, job, self.client)
         if reason:
             # what the client keeps stays as it was: what it trained is not to be trusted
             self.diary.reject(cid, reason)
-            self._miss(flight, row, "rejected")
+            self._miss(flight, lateness, "rejected")
             return
         self.losses = 0
         self.store.put(cid, update.state)
         self.answered[cid] = job
         self.is_stirred = self.schedule.receive(flight.group, update)
-        self.diary.end(row, version, "arrived")
+        self.diary.ledger.append(flight.row(now_s, self.world, version, "arrived", lateness))
 
-    def _miss(self, flight: Flight, row: dict[str, Any], outcome: str) -> None:
+    def _miss(self, flight: Flight, lateness: int, outcome: str) -> None:
         """Write down an update that has arrived for nothing."""
         self.is_stirred = True
         self.losses += 1
         self.schedule.miss(flight.group)
-        self.diary.end(row, self.server.version, outcome)
+        now_s, version = self.queue.now_s, self.server.version
+        self.diary.ledger.append(flight.row(now_s, self.world, version, outcome, lateness))
 
     def _lose(self, flight: Flight, outcome: str, kind: EventKind | None = None) -> None:
         """Give up a job."""

@@ -30,7 +30,7 @@ class Population:
 
     def work(self, job: Job, client: BaseClient, plan: Plan, rank: int) -> Work:
         """Return the training of a job, as the cost model sees it."""
-        rows, per_step = int(self.sizes[job.cid]), plan.rows_per_step
+        rows, per_step = job.num_samples, plan.rows_per_step
         mean = 1.0 if self.tokens is None else self.tokens[job.cid] / rows
         return _work(job.steps, client.num_passes(job, per_step), mean, rows, per_step, rank)
 

@@ -92,11 +92,6 @@ class Diary:
             }
         )
 
-    def end(self, row: dict[str, Any], version: int, outcome: str) -> None:
-        """Write down how a job ended."""
-        row["round"], row["outcome"] = version + 1, outcome
-        self.ledger.append(row)
-
     def closed(self, **made: Any) -> Round:
         """Return what has happened as a round, and begin anew."""
         by_client = itemgetter("client")

@@ -34,7 +34,7 @@ class Group:
     """Who was sent for, in the order of sampling; empty in a stream, where nobody is asked once
     for all."""
     wanted: int = 0
-    """How many updates are enough, where it is not for all."""
+    """How many updates are enough, or can still arrive, where it is not for all."""
     arrived: list[Update] = field(default_factory=list)
     missing: int = 0
     """How many of those asked will not arrive, or were rejected."""
@@ -167,14 +167,20 @@ class Sync(Schedule):
 
     def receive(self, group: int, update: Update) -> bool:
         """Take an update; until the round is complete there is nothing to do but to wait."""
-        self.groups[group].arrived.append(update)
-        return self.is_ready(group)
+        own = self.groups[group]
+        own.arrived.append(update)
+        return len(own.arrived) >= own.wanted
+
+    def miss(self, group: int) -> None:
+        """Want no more than can still arrive."""
+        super().miss(group)
+        own = self.groups[group]
+        own.wanted = min(own.wanted, len(own.asked) - own.missing)
 
     def is_ready(self, group: int) -> bool:
         """Tell whether enough have arrived, or no more will."""
         own = self.groups[group]
-        arrived = len(own.arrived)
-        return own.is_due or arrived >= own.wanted or arrived + own.missing >= len(own.asked)
+        return own.is_due or len(own.arrived) >= own.wanted
 
     def weights(self, group: int, server: BaseServer, updates: Sequence[Update]) -> list[float]:
         """Weigh by the server's weights, which are made to sum to 1."""

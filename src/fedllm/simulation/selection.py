@@ -7,7 +7,6 @@ costs what its size is, whatever the population.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,14 +20,13 @@ from fedllm.system import World
 MOST_DRAWS = 32
 """How often is drawn again for those still lacking."""
 _FEWEST, _MOST = 16, 4
-"""Least clients in a second or later draw, and most, in cohorts."""
-_MARGIN = 1.25
-"""How many more are drawn than should be enough, so that few draws are needed."""
+"""Least clients in a second or later draw, and most in any, in cohorts."""
+_MARGIN = 1.5
+"""Square roots of their number by which more are drawn than should be enough: draws are few."""
 
 
-Chosen = tuple[ClientId, float, float]
+Chosen = tuple[ClientId, tuple[float, float]]
 """A client that is sent for, and when the window that it comes in opens and closes."""
-_opening = operator.itemgetter(1)
 
 
 @dataclass
@@ -67,26 +65,33 @@ class Selection:
             stream: Random stream of all draws, one after another.
             is_free: Tells who may be chosen; absent: everyone.
         """
-        drawn = server.sample(self.pool, count, stream)
-        # a stage may ask everyone, and some methods have an order of their own
-        is_repeated = server.is_random_cohort and len(drawn) == count < len(self.pool)
-        # who is drawn of `any` must not depend on who is there
-        is_repeated &= self.policy != "any" or is_free is not None
+        # some methods have an order of their own; of `any`, who is there must make no difference
+        is_repeated = server.is_random_cohort and (self.policy != "any" or is_free is not None)
+        size = self._first_draw(count) if is_repeated else count
+        drawn = server.sample(self.pool, size, stream)
+        is_repeated &= len(drawn) == size < len(self.pool)  # a stage may ask everyone
         there, absent, seen = list[Chosen](), list[Chosen](), set[ClientId]()
-        most = len(drawn)
+        most = count if is_repeated else len(drawn)
         for draw in range(MOST_DRAWS):
-            fresh = [cid for cid in drawn if cid not in seen]
+            fresh = [cid for cid in drawn if cid not in seen] if seen else drawn
             seen.update(fresh)
             free = fresh if is_free is None else [cid for cid in fresh if is_free(cid)]
             self._ask(free, now_s, there, absent, most)
             is_enough = len(there) >= count or len(seen) >= len(self.pool)
             if not is_repeated or is_enough or draw == MOST_DRAWS - 1:
                 break
-            drawn = server.sample(self.pool, _next_draw(count, len(there), len(seen)), stream)
-        if not is_repeated:
-            return [*there, *absent]
-        absent.sort(key=_opening)  # among equals, whoever was drawn first
-        return [*there, *absent][:count]
+            size = _enough(count - len(there), len(there) / len(seen), _MOST * count)
+            drawn = server.sample(self.pool, max(size, _FEWEST), stream)
+        if is_repeated and len(there) < count:
+            absent.sort(key=_opening)  # among equals, whoever was drawn first
+        return [*there, *absent][: count if is_repeated else None]
+
+    def _first_draw(self, count: int) -> int:
+        """Return how many to draw for so many who are there, by the share that is expected."""
+        share = 1.0 if self.policy == "any" else self.world.presence
+        if count >= len(self.pool) or share >= 1.0:
+            return count
+        return min(_enough(count, share, _MOST * count), len(self.pool) - 1)
 
     def walk(self, walked: int, now_s: float, is_reshuffled: bool) -> tuple[int, list[Chosen]]:
         """Return the next client of an order of all, whoever will never come being passed over.
@@ -108,7 +113,7 @@ class Selection:
             cid = self.pool[int(self._order[1][index])]
             window = self.world.window(cid, now_s)
             if window is not None:
-                return place + 1, [(cid, *window)]
+                return place + 1, [(cid, window)]
         return walked, []
 
     def _ask(
@@ -124,19 +129,23 @@ class Selection:
         Once `most` are there, nobody else is asked.
         """
         latest_s = math.inf if self.policy == "any" else now_s
-        for cid, found in zip(cids, self.world.windows(cids, now_s), strict=True):
-            if found is None:
+        for cid, window in zip(cids, self.world.windows(cids, now_s), strict=True):
+            if window is None:
                 continue
-            open_s, close_s = found
-            if open_s > latest_s:
-                absent.append((cid, open_s, close_s))
+            if window[0] > latest_s:
+                absent.append((cid, window))
                 continue
-            there.append((cid, open_s, close_s))
+            there.append((cid, window))
             if len(there) == most:
                 break
 
 
-def _next_draw(count: int, there: int, seen: int) -> int:
-    """Return how many to draw for those still lacking, by the share of the drawn who are there."""
-    likely = math.ceil(_MARGIN * (count - there) * seen / max(there, 1))
-    return max(min(likely, _MOST * count), _FEWEST)
+def _opening(one: Chosen) -> float:
+    return one[1][0]
+
+
+def _enough(lacking: int, share: float, most: int) -> int:
+    """Return how many to draw for so many who are there, at a share of those who are."""
+    if not share:
+        return most
+    return min(math.ceil((lacking + _MARGIN * math.sqrt(lacking)) / share), most)

@@ -28,6 +28,11 @@ _LENGTH_SPREAD = 0.25
 class Windows(ABC):
     """Answers when a client is there; see `World`."""
 
+    @property
+    def presence(self) -> float:
+        """About which share of the clients is there at any time."""
+        return 1.0
+
     @abstractmethod
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first window that ends after `time_s`."""
@@ -60,6 +65,11 @@ class Renewals(Windows):
     def __post_init__(self) -> None:
         """Remember the clients that are asked for most."""
         object.__setattr__(self, "_period", lru_cache(_KNOWN)(self._drawn))
+
+    @property
+    def presence(self) -> float:
+        """The share of time within windows."""
+        return self.config.on_s / (self.config.on_s + self.config.off_s)
 
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first window that ends after `time_s`."""
@@ -100,6 +110,13 @@ class Days(Windows):
 
     config: Diurnal
     seed: int
+
+    @property
+    def presence(self) -> float:
+        """The share of a week within windows."""
+        weekend = self.config.weekend_chance
+        weekend = self.config.chance if weekend is None else weekend
+        return self.config.hours / 24.0 * (5 * self.config.chance + 2 * weekend) / 7
 
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first window that ends after `time_s`; None after 400 days without one."""
@@ -142,6 +159,10 @@ class Trace(Protocol):
     def num_clients(self) -> int:
         """How many clients there are."""
 
+    @property
+    def presence(self) -> float:
+        """The share of clients that is there, over the whole of the trace."""
+
     def window(self, index: int, time_s: float) -> Window | None:
         """Return the first window of a client that ends after `time_s`."""
 
@@ -156,6 +177,11 @@ class FromTrace(Windows):
     trace: Trace
     is_drawn: bool
     seed: int
+
+    @property
+    def presence(self) -> float:
+        """As in the trace."""
+        return self.trace.presence
 
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first window that ends after `time_s`."""

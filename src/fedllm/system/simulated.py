@@ -40,6 +40,11 @@ class SimulatedWorld:
         self._place = lru_cache(_KNOWN)(self._placed)
         self.cell = lru_cache(_KNOWN)(self.links.cell)
 
+    @property
+    def presence(self) -> float:
+        """About which share of the clients is there at any time."""
+        return self._windows.presence
+
     def window(self, cid: int, time_s: float) -> Window | None:
         """Return the first availability window that ends after `time_s`."""
         return self._windows.window(cid, time_s)

@@ -27,6 +27,11 @@ class World(Protocol):
     seconds from the start of the run.
     """
 
+    @property
+    def presence(self) -> float:
+        """About which share of the clients is there at any time: how many to draw for a cohort."""
+        return 1.0
+
     def window(self, cid: int, time_s: float) -> tuple[float, float] | None:
         """Return the first availability window (open_s, close_s) that ends after `time_s`.
 

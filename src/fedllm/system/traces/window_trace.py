@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,13 @@ class WindowTrace:
         """How many windows there are in all."""
         return len(self.opens)
 
+    @cached_property
+    def presence(self) -> float:
+        """The share of clients that is there, over periods or, where nothing repeats, the span."""
+        there_s = self.closes.sum(dtype=float) - self.opens.sum(dtype=float)  # takes no memory
+        covered_s = np.where(np.isinf(self.periods), self.span_s, self.periods).sum()
+        return float(min(there_s / covered_s, 1.0)) if covered_s > 0.0 else 1.0
+
     def window(self, index: int, time_s: float) -> Window | None:
         """Return the first window of a client that ends after `time_s`; None if there is none.
 
@@ -132,14 +140,14 @@ class WindowTrace:
 
     def _bisected(self, low: np.ndarray, high: np.ndarray, within: Any) -> np.ndarray:
         """Return the first window of each client that ends after a time, or where its last ends."""
-        place, step = low.copy(), self._stride
+        place, top, step = low.copy(), high - 1, self._stride
         while step:
-            last = place + (step - 1)
-            is_over = self.closes.take(last, mode="clip") <= within
-            is_over &= last < high
+            # beyond the last window stands for the last: where that is over, all are
+            is_over = self.closes.take(np.minimum(place + (step - 1), top)) <= within
             place += is_over * step
             step >>= 1
-        return place
+        found: np.ndarray = np.minimum(place, high)
+        return found
 
     def is_available(self, index: int, time_s: float) -> bool:
         """Tell whether a client is there."""
