@@ -147,7 +147,7 @@ class _Session:
 
     def _finish(self, made: Round) -> None:
         """Evaluate, record and save one round."""
-        sums = {key: sum(row[key] for row in made.ledger) for key in _SUMMED}
+        sums = {key: sum(made.ledger.column(key)) for key in _SUMMED}
         self.totals["up"] += sums["up_bytes"]
         self.totals["down"] += sums["down_bytes"]
         self.totals["energy_j"] += sums["energy_j"]

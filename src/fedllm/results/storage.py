@@ -26,6 +26,8 @@ _MENDS = {
     errno.EEXIST: "it already exists; choose another name",
     errno.ENOTEMPTY: "it already exists; choose another name",
 }
+_ENCODER = json.JSONEncoder(sort_keys=True, allow_nan=False, ensure_ascii=False)
+_NAMES, _PLAIN = frozenset({str}), frozenset({str, int, float, bool, type(None)})
 
 
 @contextmanager
@@ -111,7 +113,19 @@ def strict_json(value: Any) -> str:
 
     JSON has no word for them, and a reader in another language would refuse the file.
     """
-    return json.dumps(_finite(value), sort_keys=True, allow_nan=False, ensure_ascii=False)
+    if _is_flat(value):
+        try:
+            return _ENCODER.encode(value)
+        except ValueError:  # a number that is not finite
+            pass
+    return _ENCODER.encode(_finite(value))
+
+
+def _is_flat(value: Any) -> bool:
+    """Tell whether this is a plain record, as most are: as it stands, it is JSON but for numbers."""
+    if type(value) is not dict:
+        return False
+    return _NAMES.issuperset(map(type, value)) and _PLAIN.issuperset(map(type, value.values()))
 
 
 def _finite(value: Any) -> Any:

@@ -209,8 +209,7 @@ class Fleet:
         now, version = self.queue.now_s, self.server.version
         del self.flights[flight.cid]
         name = "CANCELLED" if kind is None else _NAMES[kind]
-        line = self.diary.note(now, name, version, flight.cid, flight.number, _IDLE)
-        line["outcome"] = outcome
+        self.diary.leave(now, name, version, flight.cid, flight.number, _IDLE, outcome)
         if flight.worked_s(now) < flight.download_s:
             if flight.known_before is None:
                 self.server.contacts.pop(flight.cid, None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fedllm.federation import Job
 from fedllm.simulation.events import ClientState
+from fedllm.simulation.record import Row
 from fedllm.system import World
 
 _UPLOADING = ClientState.UPLOADING
@@ -99,8 +99,8 @@ class Flight:
 
     def row(
         self, now_s: float, world: World, version: int, outcome: str, staleness: int | None = None
-    ) -> dict[str, Any]:
-        """Return its line of the ledger at its end: what it did, took and moved.
+    ) -> Row:
+        """Return its line of the ledger (`record.LEDGER`): what it did, took and moved.
 
         Args:
             now_s: Virtual time.
@@ -119,23 +119,23 @@ class Flight:
             received = download_s / self.download_s if self.download_s else 1.0
             sent = upload_s / self.upload_s if self.upload_s else 0.0
             down_bytes, up_bytes = int(down_bytes * received), int(up_bytes * sent)
-        return {
-            "client": job.cid,
-            "job": self.number,
-            "version": job.payload.version,
-            "began_s": self.began_s,
-            "ended_s": now_s,
-            "download_s": download_s,
-            "train_s": train_s,
-            "upload_s": upload_s,
-            "steps": job.steps,
-            "staleness": staleness,
-            "down_bytes": down_bytes,
-            "up_bytes": up_bytes,
-            "energy_j": world.energy_j(job.cid, train_s, download_s, upload_s),
-            "round": version + 1,
-            "outcome": outcome,
-        }
+        return (
+            job.cid,
+            self.number,
+            job.payload.version,
+            self.began_s,
+            now_s,
+            download_s,
+            train_s,
+            upload_s,
+            job.steps,
+            staleness,
+            down_bytes,
+            up_bytes,
+            world.energy_j(job.cid, train_s, download_s, upload_s),
+            version + 1,
+            outcome,
+        )
 
 
 def fitting_job(job: Job, is_in_time: Callable[[int], bool]) -> Job:
