@@ -2,7 +2,8 @@
 
 Clients have 20 windows each in flat arrays, cohorts are of 100, and every duration is a constant.
 The algorithm, its messages and the checks of updates are stubbed with the training: what is
-measured is choosing clients, dispatching them, events, records and aggregations without tensors.
+measured is choosing clients, dispatching them, events, records and aggregations without tensors,
+and, as `written_events_per_s`, with the lines that a run's directory gets.
 Each size runs in a process of its own; seconds are those of the processor.
 """
 
@@ -23,12 +24,13 @@ from fedllm.adapters import Adapter
 from fedllm.config import TrainingConfig
 from fedllm.federation import BaseClient, BaseServer, ClientId, Job, Part, Payload, Plan, Update
 from fedllm.federation.transport import Transport
+from fedllm.results import strict_json
 from fedllm.simulation import Loop, Population, Reception, Sync
 from fedllm.system import Ideal, Work
 from fedllm.system.traces import WindowTrace
 
 SIZES = (1_000, 100_000, 1_000_000)
-WINDOWS, COHORT, ROUNDS, RUNS = 20, 100, 300, 3
+WINDOWS, COHORT, ROUNDS, WRITTEN, RUNS = 20, 100, 300, 100, 3
 REFERENCE_EVENTS_PER_S = 263
 """The published reference's loop with 1,000 clients of 20 windows each, measured in 2026."""
 _NOTHING = Adapter({})
@@ -157,8 +159,13 @@ def measure(clients: int, *, is_pausing: bool = False) -> dict[str, float]:
     for made in loop.run(20 + ROUNDS):
         events += len(made.events)
     took = time.process_time() - begin
+    begin, written = time.process_time(), 0
+    for made in loop.run(20 + ROUNDS + WRITTEN):
+        written += len(made.events)
+        "".join(strict_json(line) + "\n" for lines in (made.events, made.ledger) for line in lines)
     return {
         "events_per_s": events / took,
+        "written_events_per_s": written / (time.process_time() - begin),
         "round_s": took / ROUNDS,
         "start_s": start_s,
         "rss_bytes": peak_bytes(),

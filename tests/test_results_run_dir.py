@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedllm.errors import RunError
 from fedllm.results.run_dir import RunDir
-from fedllm.results.storage import explained
+from fedllm.results.storage import explained, strict_json
 
 RECORDS = st.lists(
     st.dictionaries(
@@ -78,6 +78,25 @@ def test_what_is_appended_is_read_back_with_null_for_what_json_lacks(
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
         for r in flat
     ]
+
+
+@given(
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+        lambda inner: st.one_of(
+            st.lists(inner), st.dictionaries(st.one_of(st.text(), st.integers()), inner)
+        ),
+    )
+)
+def test_strict_json_is_json_of_what_it_can_hold(value: Any) -> None:
+    def held(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): held(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [held(item) for item in value]
+        return value if not isinstance(value, float) or math.isfinite(value) else None
+
+    assert strict_json(value) == json.dumps(held(value), sort_keys=True, ensure_ascii=False)
 
 
 def test_the_files_hold_strict_json_with_sorted_keys(run: RunDir) -> None:

@@ -19,6 +19,7 @@ from fedllm.federation import BaseServer, HeadPolicy, Part
 from fedllm.seeding import rng
 from fedllm.simulation import ClientState, Event, EventKind, EventQueue, Population
 from fedllm.simulation.events import Entry
+from fedllm.simulation.record import Lines
 from fedllm.system import Ideal, Work
 
 SETUPS = [Setup(case) for case in CASES]
@@ -205,6 +206,13 @@ def test_virtual_times_follow_from_bytes_steps_and_windows(setup: Setup) -> None
         now = max(ends)
         assert made.time_s == now
     assert now > PERIOD_S
+
+
+def test_lines_are_read_as_mappings() -> None:
+    lines = Lines(("a", "b"), [(1, 2), (3, 4, "c", 5)])
+    assert list(lines) == [{"a": 1, "b": 2}, {"a": 3, "b": 4, "c": 5}]
+    assert (lines[-1], lines[:1], len(lines)) == ({"a": 3, "b": 4, "c": 5}, [{"a": 1, "b": 2}], 2)
+    assert lines.column("b") == [2, 4]
 
 
 class WatchedQueue(EventQueue):

@@ -122,7 +122,7 @@ def strict_json(value: Any) -> str:
 
 
 def _is_flat(value: Any) -> bool:
-    """Tell whether this is a plain record, as most are: as it stands, it is JSON but for numbers."""
+    """Tell whether this is a plain record, as most are: JSON as it stands, but for numbers."""
     if type(value) is not dict:
         return False
     return _NAMES.issuperset(map(type, value)) and _PLAIN.issuperset(map(type, value.values()))
