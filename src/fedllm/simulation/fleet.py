@@ -230,7 +230,7 @@ class Fleet:
         """Fill in what the algorithm does not decide: seed, steps, learning rate, private state."""
         cid, payload = job.cid, job.payload
         version = payload.version
-        rows, steps_of = int(self.population.sizes[cid]), self._steps
+        rows, steps_of = self.population.sizes[cid], self._steps
         return job.filled(
             payload=self.transport.send_down(payload, self.server) if is_sent else payload,
             seed=self._seeds.of(cid, version),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,14 +32,9 @@ class RankRule:
         """The rank of the server's adapter."""
         return max(self.choices)
 
-    @functools.cached_property
-    def is_mixed(self) -> bool:
-        """Whether clients may differ."""
-        return len(set(self.choices)) > 1
-
     def of(self, cid: int) -> int:
         """Return the rank of a client."""
-        if not self.is_mixed:
+        if len(self.choices) == 1:
             return self.choices[0]
         return int(rng(self.seed, "rank", cid).choice(self.choices))
 

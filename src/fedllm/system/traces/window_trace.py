@@ -289,7 +289,7 @@ def _shared(values: np.ndarray) -> np.ndarray:
 
 def _of(values: np.ndarray, index: np.ndarray) -> Any:
     """Return the values of some clients: one number, where all have the same."""
-    return values.take(index) if values.strides[0] else values[0]
+    return values.take(index) if values.strides[0] else float(values[0])
 
 
 def compact(seconds: np.ndarray) -> np.ndarray:
