@@ -17,6 +17,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LIKE = 0.05
+"""Names whose similarity to another, from 0 to 1, differs by less are about as near."""
+
 
 class FedLLMError(Exception):
     """Base class of all errors that are the user's to mend."""
@@ -70,13 +73,17 @@ class MissingExtraError(FedLLMError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the nearest known name, or an empty string.
+    """Return a sentence that suggests the nearest known name, or two about as near, or nothing.
 
     >>> did_you_mean("flexlroa", ["fedit", "flexlora"])
     " Did you mean 'flexlora'?"
+    >>> did_you_mean("max_rows", ["max_train_rows", "max_test_rows", "max_length"])
+    " Did you mean 'max_test_rows' or 'max_train_rows'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, found, name).ratio() for found in near]
+    shown = [f"'{found}'" for found, r in zip(near, ratios, strict=True) if r > ratios[0] - _LIKE]
+    return f" Did you mean {' or '.join(shown)}?" if shown else ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ Row = tuple[Any, ...]
 
 
 class Lines(Sequence[dict[str, Any]]):
-    """Rows under common names: kept as tuples, which takes half the room, and read as mappings.
+    """Rows under common names: kept as tuples, in a third of the room, and read as mappings.
 
     Args:
         names: Of the values of a row, in order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,14 @@ class RankRule:
         """The rank of the server's adapter."""
         return max(self.choices)
 
+    @functools.cached_property
+    def is_mixed(self) -> bool:
+        """Whether clients may differ."""
+        return len(set(self.choices)) > 1
+
     def of(self, cid: int) -> int:
         """Return the rank of a client."""
-        if len(self.choices) == 1:
+        if not self.is_mixed:
             return self.choices[0]
         return int(rng(self.seed, "rank", cid).choice(self.choices))
 
