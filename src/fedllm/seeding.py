@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_from_bytes = int.from_bytes
+
 
 def derive(seed: int, *names: str | int) -> int:
     """Return a 63-bit seed that follows from `seed` and the names alone.
@@ -38,7 +40,7 @@ class Numbered:
         """Return the seed of these numbers."""
         hashed = self._begun.copy()
         hashed.update(b"\x1fint:%d\x1fint:%d" % (first, second))
-        return int.from_bytes(hashed.digest(), "little") >> 1
+        return _from_bytes(hashed.digest(), "little") >> 1
 
 
 def _hashed(seed: int, names: Sequence[str | int]) -> hashlib.blake2b:
@@ -47,7 +49,7 @@ def _hashed(seed: int, names: Sequence[str | int]) -> hashlib.blake2b:
 
 
 def _number(hashed: hashlib.blake2b) -> int:
-    return int.from_bytes(hashed.digest(), "little") >> 1
+    return _from_bytes(hashed.digest(), "little") >> 1
 
 
 def rng(seed: int, *names: str | int) -> np.random.Generator:

@@ -53,7 +53,7 @@ class Computation:
         if room is not None and len(waiting) >= room:
             waiting.sort(key=lambda f: (f.expected_s, f.number))
             waiting = waiting[: max(room - 1, 0)]
-        jobs = [flight.job, *(f.job for f in waiting)]
+        jobs = [flight.job, *[f.job for f in waiting]]
         jobs.sort(key=_client)
         self._run(jobs)
 
