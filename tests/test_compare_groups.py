@@ -49,6 +49,20 @@ def test_where_a_run_is_computed_does_not_make_a_group(tmp_path: Path) -> None:
     assert group.settings == {}
 
 
+def test_groups_that_differ_in_much_are_named_by_their_first_run(tmp_path: Path) -> None:
+    one = {"batch_size": 1, "local_steps": 2, "learning_rate": 0.1}
+    other = {"batch_size": 3, "local_steps": 4, "learning_rate": 0.2}
+
+    def labels(*paths: Path) -> list[str]:
+        first = made(paths[0], training=one, model={"path": "a"}, adapter={"rank": 2})
+        second = made(paths[1], training=other, model={"path": "b"}, adapter={"rank": 4})
+        return [group.label for group in compare([first, second])]
+
+    assert labels(tmp_path / "night", tmp_path / "day") == ["night", "day"]
+    alike = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    assert labels(*alike) == [str(path) for path in alike]
+
+
 def test_groups_of_one_schedule_are_told_apart_by_its_settings(tmp_path: Path) -> None:
     paths = [
         scheduled(tmp_path / "a", **ASYNC),

@@ -33,6 +33,8 @@ TOTALS = {
 _COMMON_VIEWS = ("global", "personal mean", "client mean")
 _NOT_COMPARED = re.compile(r"(name|output_dir|seed)$|execution\.")
 """Keys in which runs of one group may differ: where a run is computed is not part of its result."""
+_MOST_TOLD = 4
+"""Settings that a label may name; groups that differ in more are called by their first run."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,20 @@ def compare(
     firsts = [flat[places[0]] for places in members.values()]
     shown = in_common(firsts, told)
     found = [{key: own.get(key) for key in shown} for own in firsts]
+    labels = names(firsts, found)
+    if not all(label and len(label.split(", ")) <= _MOST_TOLD for label in labels):
+        labels = _run_names([runs[places[0]].path for places in members.values()])
     groups = []
-    for places, settings, label in zip(members.values(), found, names(firsts, found), strict=True):
+    for places, settings, label in zip(members.values(), found, labels, strict=True):
         chosen = [runs[place] for place in places]
-        figures = _figures(chosen, target)
-        groups.append(Group(label or chosen[0].path.name, chosen, settings, figures))
+        groups.append(Group(label, chosen, settings, _figures(chosen, target)))
     return groups
+
+
+def _run_names(paths: Sequence[Path]) -> list[str]:
+    """Return the names of runs, or their paths where two have the same name."""
+    found = [path.name for path in paths]
+    return found if len(set(found)) == len(found) else [str(path) for path in paths]
 
 
 def _figures(runs: Sequence[Course], target: float | None) -> dict[str, Spread | None]:
