@@ -331,6 +331,11 @@ def test_a_trace_that_does_not_repeat_has_the_presence_of_its_span() -> None:
     own = {"a": [(0.0, 30.0)], "b": [(10.0, 20.0), (50.0, 90.0)], "c": []}
     assert WindowTrace.of(own, 100.0, wraps=False).presence == pytest.approx(80 / 300)
     assert WindowTrace.of({}, 100.0).presence == 1.0
+    for_ever = WindowTrace.of(
+        {"a": [(0.0, 30.0)]}, 100.0, wraps=False, coverage={"a": (0, 50)}, unknown="available"
+    )
+    assert for_ever.window(0, 1e9) == (50.0, math.inf)
+    assert for_ever.presence == pytest.approx(0.8)
 
 
 @given(st.integers(0, 300), st.integers(0, 300))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _from_bytes = int.from_bytes
+"""By a name of its own: a run has a seed for each job, and looking the method up takes time."""
 
 
 def derive(seed: int, *names: str | int) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ClientId = int
 _new, _set = object.__new__, object.__setattr__
+"""What `Job.filled` makes a frozen message with."""
 
 
 @dataclass(frozen=True)

@@ -106,14 +106,14 @@ class Fleet:
 
     def _take_off(self, job: Job, number: int, group: int, close_s: float, due_s: float) -> Flight:
         """Let a client begin that is there: work out how long everything takes."""
-        now, cid, world, server = self.queue.now_s, job.cid, self.world, self.server
-        self.diary.come(now, server.version, cid, number, _AVAILABLE, close_s)
-        job, known_before = self._complete(job), server.contacts.get(cid)
-        server.contacts[cid] = server.version
-        down_bytes = self.transport.down_nbytes(job.payload)
-        up_bytes = self.transport.up_nbytes(self.client, job)
-        download_s, cell = world.download_s(cid, down_bytes, now, 1), world.cell(cid)
-        if cell is not None:
+        now, cid, world, wire = self.queue.now_s, job.cid, self.world, self.transport
+        self.diary.come(now, self.server.version, cid, number, _AVAILABLE, close_s)
+        job, cell, contacts = self._complete(job), world.cell(cid), self.server.contacts
+        known_before, contacts[cid] = contacts.get(cid), self.server.version
+        down_bytes, up_bytes = wire.down_nbytes(job.payload), wire.up_nbytes(self.client, job)
+        if cell is None:
+            download_s = world.download_s(cid, down_bytes, now, 1)
+        else:
             download_s = self._shared(cell, world.download_s, cid, down_bytes)
         if self.at_window_close == "partial" and close_s < math.inf:
             job = self._shortened(job, now + download_s, up_bytes, close_s)

@@ -75,7 +75,9 @@ class WindowTrace:
     @cached_property
     def presence(self) -> float:
         """The share of clients that is there, over periods or, where nothing repeats, the span."""
-        there_s = self.closes.sum(dtype=float) - self.opens.sum(dtype=float)  # takes no memory
+        is_whole = self.closes.dtype.kind == "i"  # and so within the span: no copy is needed
+        ends = self.closes if is_whole else np.minimum(self.closes, self.span_s)
+        there_s = ends.sum(dtype=float) - self.opens.sum(dtype=float)
         covered_s = np.where(np.isinf(self.periods), self.span_s, self.periods).sum()
         return float(min(there_s / covered_s, 1.0)) if covered_s > 0.0 else 1.0
 
@@ -146,8 +148,7 @@ class WindowTrace:
             is_over = self.closes.take(np.minimum(place + (step - 1), top)) <= within
             place += is_over * step
             step >>= 1
-        found: np.ndarray = np.minimum(place, high)
-        return found
+        return place.clip(max=high)
 
     def is_available(self, index: int, time_s: float) -> bool:
         """Tell whether a client is there."""
@@ -237,8 +238,7 @@ class WindowTrace:
             periods.append(high - low if is_own_turn else span_s if wraps else math.inf)
         first, period = np.array(starts, np.float64), np.array(periods, np.float64)
         begins, ends = (compact(np.array(edges, np.float64)) for edges in (opens, closes))
-        place = np.array(offsets, np.int64)
-        return cls(list(windows), begins, ends, place, first, period, span_s, source)
+        return cls(list(windows), begins, ends, np.array(offsets), first, period, span_s, source)
 
     @classmethod
     def load(cls, path: Path) -> WindowTrace:
